@@ -1,0 +1,21 @@
+__version__ = "0.1.0"
+
+# Classes only: a function here would hide the module of its name (agop_book.agop is a module). Loaded on first use,
+# so that the command line answers before torch is imported.
+_HOMES = {
+    "RFMRegressor": "rfm", "RFMClassifier": "rfm", "KernelMachine": "kernels", "AGOP": "agop", "Dataset": "data",
+    "Laplace": "kernels", "Gaussian": "kernels", "GeneralizedExponential": "kernels",
+    "Matern32": "kernels", "Matern52": "kernels", "NTK": "kernels",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'agop_book' has no attribute {name!r}")
+    from importlib import import_module
+    return getattr(import_module(f"agop_book.{_HOMES[name]}"), name)
+
+
+def __dir__():
+    return sorted([*globals(), *_HOMES])

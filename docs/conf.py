@@ -1,0 +1,54 @@
+"""The offline site: the notebooks that nbdev has prepared in `_proc/`, through Sphinx, with nothing from the network.
+
+`make site` runs `sphinx-build -W -c docs _proc ...`; reader.py turns what nbdev made for Quarto into what MyST reads.
+"""
+import sys
+from configparser import ConfigParser
+from importlib.util import find_spec
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+settings = ConfigParser(delimiters=["="], interpolation=None)
+settings.read(HERE.parent / "settings.ini", encoding="utf-8")
+cfg = settings["DEFAULT"]
+
+project, author, copyright = cfg["title"], cfg["author"], cfg["copyright"]
+release = version = cfg["version"]
+language = "en"
+extensions = ["myst_nb"]
+exclude_patterns = ["html", "jupyter_execute", ".ipynb_checkpoints"]
+
+# notebooks: the stored outputs are shown, nothing is executed
+nb_custom_formats = {".ipynb": ["reader.read", {}, False]}
+nb_execution_mode = "off"
+nb_output_stderr = "remove"       # progress bars
+nb_merge_streams = True
+nb_render_markdown_format = "myst"
+myst_enable_extensions = ["amsmath", "attrs_block", "attrs_inline", "dollarmath"]
+myst_heading_anchors = 4
+myst_heading_slug_func = "reader.slug"
+
+# MathJax as one local file
+mathjax = Path(find_spec("sphinx-mathjax-offline").origin).parent / "static/mathjax/tex-svg-full.js"
+mathjax_path = mathjax.name
+
+html_theme = "sphinx_book_theme"
+html_title = cfg["title"]
+html_static_path = [str(mathjax), "book.css"]
+html_css_files = ["book.css"]
+html_copy_source = False
+html_last_updated_fmt = None
+html_theme_options = {
+    "repository_url": cfg["git_url"],
+    "repository_branch": cfg["branch"],
+    "path_to_docs": cfg["nbs_path"],
+    "use_repository_button": True,
+    "use_source_button": False,
+    "use_download_button": False,
+    "launch_buttons": {"colab_url": "https://colab.research.google.com"},
+    "show_toc_level": 2,
+    "home_page_in_toc": True,
+    "pygments_light_style": "a11y-high-contrast-light",
+    "pygments_dark_style": "a11y-high-contrast-dark",
+}

@@ -1,6 +1,6 @@
 """The offline site: the notebooks that nbdev has prepared in `_proc/`, through Sphinx, with nothing from the network.
 
-`make site` runs `sphinx-build -W -c docs _proc ...`; reader.py turns what nbdev made for Quarto into what MyST reads.
+build.py makes `_proc/` and runs Sphinx; reader.py turns what nbdev made for Quarto into what MyST reads.
 """
 import sys
 from configparser import ConfigParser
@@ -17,7 +17,7 @@ project, author, copyright = cfg["title"], cfg["author"], cfg["copyright"]
 release = version = cfg["version"]
 language = "en"
 extensions = ["myst_nb"]
-exclude_patterns = ["html", "jupyter_execute", ".ipynb_checkpoints"]
+exclude_patterns = ["html", "doctrees", "jupyter_execute", ".ipynb_checkpoints"]
 
 # notebooks: the stored outputs are shown, nothing is executed
 nb_custom_formats = {".ipynb": ["reader.read", {}, False]}
@@ -35,6 +35,8 @@ mathjax_path = mathjax.name
 
 html_theme = "sphinx_book_theme"
 html_title = cfg["title"]
+html_context = {"default_mode": "auto"}
+html_favicon = "icon.svg"
 html_static_path = [str(mathjax), "book.css"]
 html_css_files = ["book.css"]
 html_copy_source = False
@@ -48,6 +50,7 @@ html_theme_options = {
     "use_download_button": False,
     "launch_buttons": {"colab_url": "https://colab.research.google.com"},
     "show_toc_level": 2,
+    "navbar_start": [], "navbar_center": [], "navbar_end": [], "navbar_persistent": [],
     "home_page_in_toc": True,
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",

@@ -8,6 +8,7 @@ import yaml
 
 BOOK = Path(__file__).parent.parent
 URL = re.compile(r"https://agop-book\.github\.io/agop_book/(\w+)\.html(?:#([\w.-]+))?")
+BADGE = re.compile(r"\[!\[([^]]*)\]\([^)]*colab-badge\.svg\)\]\(([^)]*)\)")
 SHOWN = re.compile(r"---\s+(?:\[source\]\((?P<url>.*?)\)\{.*?\}\s+)?#+ (?P<name>.*)\s+(?P<rest>[\s\S]*)")
 HEADING, FENCE = re.compile(r"^(#+) ", re.M), re.compile(r"^```[\s\S]*?^```", re.M)
 
@@ -47,12 +48,14 @@ def options(cell):
     return {key.strip(): yaml.safe_load(value) for key, _, value in pairs}
 
 
-def show_doc(cell, level):
-    "The output of show_doc -> a section: name, link to the source, signature, summary. None for any other cell."
+def show_doc(cell, following, level):
+    "The output of show_doc -> a section: name, link to the source, signature (if the code does not follow), summary. Else None."
     found = [o.data["text/markdown"] for o in cell.get("outputs", []) if "text/markdown" in o.get("data", {})]
     m = SHOWN.match(found[0]) if found and cell.source.startswith("show_doc") else None
-    link = f"{{.source}}\n[source]({m['url']})\n\n" if m and m["url"] else ""
-    return m and f"{'#' * level} {m['name']}\n\n{link}{{.signature}}\n{m['rest']}"
+    if m:
+        link = f"{{.source}}\n[source]({m['url']})\n\n" if m["url"] else ""
+        shown = FENCE.sub("", m["rest"], count=1) if "Exported source" in following.source else m["rest"]
+        return f"{'#' * level} `{m['name']}`\n\n{link}{shown}"
 
 
 def read(text):
@@ -60,17 +63,17 @@ def read(text):
     nb, cells, level = nbformat.reads(text, as_version=4), [], 1
     nb.metadata.pop("widgets", None)          # would load scripts from the network
     front = yaml.safe_load(nb.cells[0].source.strip().strip("-"))
-    for cell in nb.cells[1:]:
+    for cell, following in zip(nb.cells[1:], [*nb.cells[2:], nbformat.v4.new_raw_cell()]):
         if cell.cell_type == "code":
             opts = options(cell)
             if opts.get("include") is False:
                 continue
-            if doc := show_doc(cell, min(level + 1, 3)):
+            if doc := show_doc(cell, following, min(level + 1, 3)):
                 cell = nbformat.v4.new_markdown_cell(doc)
             elif opts.get("output") is False:
                 cell.outputs = []
         if cell.cell_type == "markdown":
-            cell.source = local(cell.source)
+            cell.source = local(BADGE.sub(r"[\1](\2){.colab}", cell.source))     # its picture is on the network
             level = ([level] + [len(h) for h in HEADING.findall(FENCE.sub("", cell.source))])[-1]
         elif cell.cell_type == "code":
             hide = {False: "remove-input"}.get(opts.get("echo")) or {True: "hide-input"}.get(opts.get("code-fold"))

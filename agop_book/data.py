@@ -6,11 +6,10 @@
 __all__ = ['SETS', 'LOW_RANK', 'Dataset', 'SubsetError', 'Row', 'Request', 'DataNotFound', 'UnreadableData', 'cache_dir',
            'data_roots', 'read_idx', 'Task', 'read_task', 'tasks', 'load', 'available', 'LowRank', 'low_rank']
 
-# %% ../nbs/90_data.ipynb #2eb37a4c
+# %% ../nbs/90_data.ipynb #1718f105
 import contextlib
 import difflib
 import gzip
-import importlib
 import importlib.util
 import mmap
 import os
@@ -19,6 +18,7 @@ import re
 import string
 import unicodedata
 import warnings
+import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -26,8 +26,9 @@ from typing import Callable, NamedTuple
 import numpy as np
 import pandas as pd
 import pooch
+from PIL import Image, ImageOps
 
-# %% ../nbs/90_data.ipynb #82f7739d
+# %% ../nbs/90_data.ipynb #2e3c131c
 @dataclass(frozen=True, eq=False)
 class Dataset:
     "Samples, what they are called, and where they came from."
@@ -62,7 +63,7 @@ class Dataset:
         rows = _draw(np.arange(len(self)), n, random_state, self.name)
         return replace(self, x=self.x[rows], y=None if self.y is None else self.y[rows])
 
-# %% ../nbs/90_data.ipynb #f316155c
+# %% ../nbs/90_data.ipynb #00ea9337
 class SubsetError(ValueError):
     "More samples asked for than there are, or a senseless number of them."
 
@@ -71,9 +72,9 @@ def _draw(rows, n, random_state, name):
     if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
         raise SubsetError(f"n={n!r}: the number of samples must be an integer >= 1, or None for all of them")
     if n > len(rows): raise SubsetError(f"n={n:,} is more than {name} has ({len(rows):,} samples): ask for fewer, or n=None for all")
-    return np.random.default_rng(random_state).permutation(rows)[:n]
+    return np.random.RandomState(random_state).permutation(rows)[:n]    # its stream is frozen: the same subset with every numpy
 
-# %% ../nbs/90_data.ipynb #b20cd1ca
+# %% ../nbs/90_data.ipynb #41981d7e
 @dataclass(frozen=True)
 class Row:
     "What is known about one set."
@@ -99,7 +100,7 @@ class Row:
 
 SETS: dict[str, Row] = {}
 
-# %% ../nbs/90_data.ipynb #7c406d59
+# %% ../nbs/90_data.ipynb #cc21a3a9
 @dataclass
 class Request:
     "One call of `load`, as a reader sees it."
@@ -117,9 +118,10 @@ class Request:
             rows = rows[:cut] if self.split == "train" else rows[cut:]
         return rows if self.n is None else _draw(rows, self.n, self.random_state, f"{self.name} ({self.split})")
 
-# %% ../nbs/90_data.ipynb #e13105de
+# %% ../nbs/90_data.ipynb #49156374
 def _sklearn(request):
-    bunch = getattr(importlib.import_module("sklearn.datasets"), f"load_{request.name}")()
+    from sklearn import datasets
+    bunch = getattr(datasets, f"load_{request.name}")()
     rows, names = request.pick(len(bunch.data)), getattr(bunch, "target_names", None)
     x, y = np.asarray(bunch.data, np.float32)[rows], bunch.target[rows]
     if request.name == "digits": x = x.reshape(-1, 1, 8, 8) / 16
@@ -127,7 +129,8 @@ def _sklearn(request):
 
 
 def _sample_photos(request):
-    bunch = importlib.import_module("sklearn.datasets").load_sample_images()
+    from sklearn.datasets import load_sample_images
+    bunch = load_sample_images()
     rows, names = request.pick(len(bunch.images)), [Path(name).stem for name in bunch.filenames]
     return np.stack([bunch.images[i] for i in rows]), rows, names, None
 
@@ -136,7 +139,7 @@ for _name, _n in {"digits": 1797, "iris": 150, "wine": 178, "breast_cancer": 569
     SETS[_name] = Row(f"scikit-learn {_name}" + " 8x8" * (_name == "digits"), "image" if _name == "digits" else "table", _sklearn, {"all": _n}, held=0.25)
 SETS["sample_photos"] = Row("scikit-learn's two sample photographs", "image", _sample_photos, {"train": 2})
 
-# %% ../nbs/90_data.ipynb #1adb53ca
+# %% ../nbs/90_data.ipynb #f2df33fb
 class DataNotFound(FileNotFoundError):
     "None of the sets asked for is on this machine. The message says what was tried and what to do."
     __str__ = Exception.__str__
@@ -162,26 +165,29 @@ def data_roots():
 
 
 def _find(request):
-    "Set source, folder and files of the request and return []; or return the places tried."
-    row, tried = request.row, []
-    if not row.files: return []
+    "Set source, folder and files of the request and return []; or return what is missing, relative to the data roots."
+    row = request.row
     patterns = row.files[request.split] if isinstance(row.files, dict) else row.files
-    for source, root in data_roots():
+    patterns = [pattern.format(task=request.task) for pattern in patterns]
+    for source, root in data_roots() if patterns else ():
         for folder in (root / at for at in row.at):
-            wanted = [pattern.format(task=request.task) for pattern in patterns]
-            files = [sorted(folder.glob(pattern)) for pattern in wanted]
+            files = [sorted(folder.glob(pattern)) for pattern in patterns]
             if all(files):
                 request.source, request.folder, request.files = source, folder, files
                 return []
-            missing = next(pattern for pattern, found in zip(wanted, files) if not found)
-            tried.append(f"{folder / missing}" + " (no permission)" * (os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK)))
-    return tried
+    return [" + ".join(str(Path(at) / pattern) for pattern in patterns) for at in row.at] if patterns else []
 
-# %% ../nbs/90_data.ipynb #49ea3bce
+
+def _state(folder):
+    return "" if os.access(folder, os.R_OK | os.X_OK) else " (no permission)" if os.path.isdir(folder) else " (not a folder)" if os.path.exists(folder) else " (absent)"
+
+# %% ../nbs/90_data.ipynb #a10e4f62
 def read_idx(path):
     "Array in an idx file, plain or gzipped; `UnreadableData` if the header and the content disagree."
     path = Path(path)
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file: raw = file.read()
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file: raw = file.read()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error: raise UnreadableData(f"{path}: damaged gzip file ({error}): get it again") from error
     kind = {8: "u1", 12: ">i4"}.get(raw[2]) if len(raw) >= 4 and raw[:2] == b"\0\0" else None
     if kind is None: raise UnreadableData(f"{path}: not an idx file of bytes or 32-bit integers (it starts with {raw[:4]!r}): get it again")
     head = 4 + 4 * raw[3]
@@ -190,7 +196,7 @@ def read_idx(path):
     if len(raw) != size: raise UnreadableData(f"{path}: its header promises {size:,} bytes for shape {shape}, the file has {len(raw):,}: get it again")
     return np.frombuffer(raw, kind, offset=head).reshape(shape)
 
-# %% ../nbs/90_data.ipynb #8cf6b98b
+# %% ../nbs/90_data.ipynb #5cf03236
 def _idx(request):
     x, y = read_idx(request.files[0][0]), read_idx(request.files[1][0])
     if x.ndim != 3 or len(x) != len(y): raise UnreadableData(f"{request.files[0][0]}: shape {x.shape} of the images does not match {y.shape} of the labels")
@@ -206,7 +212,7 @@ _MIXED = string.digits + string.ascii_uppercase + "abdefghnqrt"
 _EMNIST = {"balanced": _MIXED, "bymerge": _MIXED, "byclass": string.digits + string.ascii_uppercase + string.ascii_lowercase,
            "letters": string.ascii_lowercase, "digits": string.digits, "mnist": string.digits}
 
-# %% ../nbs/90_data.ipynb #4a6d4b53
+# %% ../nbs/90_data.ipynb #6c4d2872
 def _idx_files(prefix, train, test, labels="idx1-ubyte"):
     return {split: tuple(f"{prefix}{part}-{kind}*" for kind in ("images-idx3-ubyte", f"labels-{labels}"))
             for split, part in (("train", train), ("test", test))}
@@ -221,7 +227,7 @@ SETS["qmnist"] = Row("QMNIST", "image", _idx, {"train": 60000, "test": 60000}, _
 SETS["emnist"] = Row("EMNIST ({task})", "image", _idx, {"train": None, "test": None}, _idx_files("emnist-{task}-", "train", "test"),
                      ("emnist", "EMNIST/raw"), torchvision="EMNIST", arguments=_TRAIN, tasks=_EMNIST)
 
-# %% ../nbs/90_data.ipynb #d33081e6
+# %% ../nbs/90_data.ipynb #a3e59f35
 def _npz(request):
     with np.load(request.files[0][0], allow_pickle=False) as file:
         x, y = file["x" if "x" in file else "X"], file["y"]
@@ -230,7 +236,8 @@ def _npz(request):
 
 
 def _mat(request):
-    file = importlib.import_module("scipy.io").loadmat(request.files[0][0])
+    from scipy.io import loadmat
+    file = loadmat(request.files[0][0])
     rows = request.pick(file["X"].shape[3])
     return file["X"][..., rows].transpose(3, 0, 1, 2), file["y"].ravel()[rows].astype(np.int64) % 10, list(string.digits), None
 
@@ -246,7 +253,7 @@ SETS["svhn"] = Row("SVHN", "image", _mat, {"train": 73257, "test": 26032, "extra
                    {split: (f"{split}_32x32.mat",) for split in ("train", "test", "extra")}, ("", "svhn", "SVHN"), torchvision="SVHN",
                    arguments={split: {"split": split} for split in ("train", "test", "extra")})
 
-# %% ../nbs/90_data.ipynb #0b81ad3d
+# %% ../nbs/90_data.ipynb #4d632233
 def _imagenet32(request):
     files = request.files[0]
     labels = []
@@ -265,16 +272,15 @@ SETS["imagenet32"] = Row("ImageNet32", "image", _imagenet32, {"train": 1281167, 
                          {"train": ("train_data_batch_*.npz",), "test": ("val_data.npz",)}, ("imagenet32", "Imagenet32_train", "Imagenet32_val", ""),
                          remedy="register at https://image-net.org, download the 32x32 npz batches and put them into imagenet32/")
 
-# %% ../nbs/90_data.ipynb #c66d8716
+# %% ../nbs/90_data.ipynb #1f8b675c
 def _square(image, size):
     "Centre square of a PIL image, `size` pixels a side."
-    ops, kind = (importlib.import_module(f"PIL.{name}") for name in ("ImageOps", "Image"))
-    return ops.fit(image, (size, size), kind.Resampling.BILINEAR)
+    return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
 
 
 def _decode(path, size):
     try:
-        with importlib.import_module("PIL.Image").open(path) as image: return np.asarray(_square(image.convert("RGB"), size))
+        with Image.open(path) as image: return np.asarray(_square(image.convert("RGB"), size))
     except OSError as error: raise UnreadableData(f"{path}: not a readable image ({error}): get it again") from error
 
 
@@ -291,7 +297,7 @@ def _class_folders(request):
     picked = [files[i] for i in request.pick(len(files))]
     return np.stack([_decode(path, request.size) for path, _ in picked]), np.array([k for _, k in picked]), [folder.name for folder in folders], None
 
-# %% ../nbs/90_data.ipynb #656a2971
+# %% ../nbs/90_data.ipynb #d764c1ed
 SETS["photos"] = Row("{total} photographs (ImageNet samples)", "image", _flat_folder, {}, ("*.jpg",), ("photos",), size=224,
                      remedy="put any photographs (*.jpg) into photos/")
 SETS["imagenet"] = Row("ImageNet", "image", _class_folders, {"train": 1281167, "test": 50000}, {"train": ("train",), "test": ("val",)},
@@ -300,43 +306,46 @@ SETS["imagenet"] = Row("ImageNet", "image", _class_folders, {"train": 1281167, "
 SETS["caltech101"] = Row("Caltech101", "image", _class_folders, {"all": 8677}, ("101_ObjectCategories",), ("caltech101",), held=0.25, size=224,
                          torchvision="Caltech101")
 
-# %% ../nbs/90_data.ipynb #348f9560
+# %% ../nbs/90_data.ipynb #031ec603
+_VISION = 'pip install "agop_book[vision]"'
+
+
 def _torchvision(request, **options):
-    try: module = importlib.import_module("torchvision.datasets")
+    try: from torchvision import datasets
     except ImportError as error:
-        raise ImportError(f'{request.name} is read and downloaded by torchvision, which is not here: pip install "agop_book[vision]"') from error
+        raise ImportError(f'{request.name} needs torchvision, which is not installed: {_VISION}') from error
     if request.name == "emnist": options["split"] = request.task
-    return getattr(module, request.row.torchvision)(**options, **request.row.arguments.get(request.split, {}))
+    return getattr(datasets, request.row.torchvision)(**options, **request.row.arguments.get(request.split, {}))
 
 
 def _vision(request):
-    if request.name == "pcam" and importlib.util.find_spec("h5py") is None: raise ImportError("pcam is stored as HDF5: pip install h5py")
+    if request.name == "pcam" and importlib.util.find_spec("h5py") is None: raise ImportError("pcam is stored as HDF5 and needs h5py: pip install h5py")
     data = _torchvision(request, root=str(request.folder))
     items = (data[int(i)] for i in request.pick(len(data)))
-    convert = (lambda image: image) if request.size is None else (lambda image: _square(image, request.size))
-    x, y = zip(*((np.asarray(convert(image.convert("RGB"))), np.asarray(target)) for image, target in items))
+    items = ((image.convert("RGB"), np.asarray(target)) for image, target in items)
+    x, y = zip(*((np.asarray(_square(image, request.size) if request.size else image), target) for image, target in items))
     names = getattr(data, "attr_names", None) or getattr(data, "classes", None)
     return np.stack(x), np.asarray(y, np.int64), None if names is None else [name for name in names if name], None
 
-# %% ../nbs/90_data.ipynb #086389b2
-def _vision_row(title, of, counts, files, argument="split", size=None, **names):
+# %% ../nbs/90_data.ipynb #16e25535
+def _vision_row(title, of, counts, files, argument="split", size=None, extra="", **names):
     "Row of a set that torchvision reads; `names` are its words for our splits where they differ."
     arguments = _TRAIN if argument == "train" else {split: {argument: names.get(split, split)} for split in counts}
-    return Row(title, "image", _vision, counts, files, ("", title.lower()), size=size, torchvision=of, arguments=arguments)
+    return Row(title, "image", _vision, counts, files, ("", of.lower()), size=size, torchvision=of, arguments=arguments, remedy=extra)
 
 
 SETS["cifar10"] = _vision_row("CIFAR-10", "CIFAR10", {"train": 50000, "test": 10000}, ("cifar-10-batches-py/data_batch_1",), "train")
 SETS["cifar100"] = _vision_row("CIFAR-100", "CIFAR100", {"train": 50000, "test": 10000}, ("cifar-100-python/train",), "train")
 SETS["stl10"] = _vision_row("STL-10", "STL10", {"train": 5000, "test": 8000}, ("stl10_binary/train_X.bin",))
 SETS["celeba"] = _vision_row("CelebA", "CelebA", {"train": 162770, "val": 19867, "test": 19962}, ("celeba/img_align_celeba", "celeba/list_attr_celeba.txt"),
-                             size=96, val="valid")
+                             size=96, extra="gdown", val="valid")
 SETS["gtsrb"] = _vision_row("GTSRB", "GTSRB", {"train": 26640, "test": 12630}, {"train": ("gtsrb/GTSRB/Training",), "test": ("gtsrb/GTSRB/Final_Test",)}, size=32)
 SETS["dtd"] = _vision_row("DTD", "DTD", {"train": 1880, "val": 1880, "test": 1880}, ("dtd/dtd/images", "dtd/dtd/labels"), size=224)
 SETS["pcam"] = _vision_row("PCAM", "PCAM", {"train": 262144, "val": 32768, "test": 32768},
                            {split: tuple(f"pcam/camelyonpatch_level_2_split_{part}_{xy}.h5" for xy in "xy")
-                            for split, part in (("train", "train"), ("val", "valid"), ("test", "test"))})
+                            for split, part in (("train", "train"), ("val", "valid"), ("test", "test"))}, extra="gdown h5py")
 
-# %% ../nbs/90_data.ipynb #f2a5fa2e
+# %% ../nbs/90_data.ipynb #3b97c0aa
 def _documents(request):
     path = request.files[0][0]
     mark = rb"<\|endoftext\|>" if request.name == "tinystories" else rb"\r?\n\r?\n"
@@ -345,12 +354,12 @@ def _documents(request):
         gaps = [(hit.start(), hit.end()) for hit in re.finditer(mark, text)]
         starts, ends = [0, *(end for _, end in gaps)], [start for start, _ in gaps]
         if request.name != "tinystories": ends.append(len(text))
-        x = [text[starts[i]:ends[i]].decode().strip() for i in request.pick(len(ends))]
-    return np.array(x, object), None, None, None
+        x = [text[starts[i]:ends[i]].decode() for i in request.pick(len(ends))]
+    return np.array([part.strip() for part in x] if request.name == "tinystories" else x, object), None, None, None
 
 
 def _help_topics(request):
-    topics = importlib.import_module("pydoc_data.topics").topics
+    from pydoc_data.topics import topics
     names = sorted(topics)
     return np.array([topics[names[i]].strip() for i in request.pick(len(names))], object), None, None, None
 
@@ -362,7 +371,7 @@ SETS["tinystories"] = Row("TinyStories ({total:,} stories)", "text", _documents,
                           shuffled=False, remedy="download TinyStories-train.txt from https://huggingface.co/datasets/roneneldan/TinyStories into tinystories/")
 SETS["help_topics"] = Row(f"help topics of Python {platform.python_version()}", "text", _help_topics, {}, held=0.1)
 
-# %% ../nbs/90_data.ipynb #e45f7f69
+# %% ../nbs/90_data.ipynb #c49a107a
 def _surnames(request):
     files = request.files[0]
     words = [[line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()] for path in files]
@@ -390,7 +399,7 @@ SETS["names"] = Row("{total:,} surnames of {classes} languages", "names", _surna
                     remedy="unpack https://download.pytorch.org/tutorial/data.zip (PyTorch's tutorial on names) so that names/English.txt exists")
 SETS["syllables"] = Row("{total:,} syllables of {classes} scripts (Unicode names)", "names", _syllables, {}, held=0.2)
 
-# %% ../nbs/90_data.ipynb #623482c1
+# %% ../nbs/90_data.ipynb #3429154d
 @dataclass(frozen=True, eq=False)
 class Task:
     "One of the 121 tasks with its published splits."
@@ -433,7 +442,7 @@ def _task_indices(path, lines, n):
         if bad or not words: raise _malformed(path, number, f"{bad[:1] or 'nothing'} is not an index of one of the {n} samples (0 .. {n - 1})")
     return [np.array(words, np.int64) for words in rows]
 
-# %% ../nbs/90_data.ipynb #9312211d
+# %% ../nbs/90_data.ipynb #25dc33bc
 def read_task(folder):
     "Read one task of the 121 from its folder, checking every size that its files state."
     folder = Path(folder)
@@ -468,7 +477,7 @@ def tasks():
     request = Request("uci121", SETS["uci121"], task="*")
     return {} if _find(request) else {path.parent.name: path.parent for path in request.files[1] if (path.parent / f"{path.parent.name}.txt").exists()}
 
-# %% ../nbs/90_data.ipynb #d525f920
+# %% ../nbs/90_data.ipynb #dfebad77
 _STAND_IN = {"image": "digits", "table": "breast_cancer", "text": "help_topics", "names": "syllables"}
 
 
@@ -490,26 +499,26 @@ def _request(name, split, n, random_state, size):
 
 def _remedy(name, row):
     if not row.files: return ""
-    if row.torchvision: return f'load("{name}", download=True), with torchvision: pip install "agop_book[vision]"'
+    if row.torchvision: return f'load("{name}", download=True); needs {_VISION} {row.remedy}'.strip()
     return f'load("{name}", download=True)' if row.sha256 else f"{row.remedy}; set AGOP_BOOK_DATA to the folder above it"
 
 
 def _download(request):
     "Try to download into the cache; return [] or why it failed."
     row, folder = request.row, cache_dir() / request.row.at[0]
-    if not (row.torchvision or row.sha256): return ["not downloaded: no checksum is known for certain"]
+    if not (row.torchvision or row.sha256): return ["download: no checksum of it is known for certain"]
     try:
         if row.torchvision:
             cache_dir().mkdir(parents=True, exist_ok=True)
             _torchvision(request, root=str(cache_dir()), download=True)
         else: pooch.retrieve(row.url, f"sha256:{row.sha256}", fname=row.files[0], path=folder, progressbar=True)
-    except OSError as error: return [f"download failed: {error}"]
+    except OSError as error: return [f"download: {error}"]
     except (RuntimeError, ValueError) as error: raise UnreadableData(f"{request.name}: the download failed its check: {error}") from error
     missing = _find(request)
     if not missing: request.source = "download"
     return missing
 
-# %% ../nbs/90_data.ipynb #8edbe20e
+# %% ../nbs/90_data.ipynb #87699a95
 def _read(request):
     row = request.row
     try: x, y, classes, columns = row.read(request)
@@ -519,8 +528,7 @@ def _read(request):
     if row.modality == "image":
         if x.dtype == np.uint8: x = (x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2)).astype(np.float32) / 255
         if request.size and x.shape[2:] != (request.size,) * 2:
-            channel = lambda values: np.asarray(_square(importlib.import_module("PIL.Image").fromarray(values), request.size))
-            x = np.stack([[channel(values) for values in image] for image in np.ascontiguousarray(x, np.float32)])
+            x = np.stack([[np.asarray(_square(Image.fromarray(channel), request.size)) for channel in image] for image in np.ascontiguousarray(x)])
     published, label = row.n.get(request.split, row.n.get("all")), row.title.format(total=request.total, classes=len(classes or ()), task=request.task)
     if published and request.total != published: label += f" ({request.total:,} of {published:,} samples)"
     return Dataset(request.name, np.ascontiguousarray(x), y, classes, request.split, request.source, label, columns, str(request.folder or "embedded"))
@@ -535,17 +543,17 @@ def load(*names: str,              # sets in order of preference, such as "svhn"
         ) -> Dataset:
     "The first of `names` that is on this machine. Raises `DataNotFound`, `UnreadableData` or `ValueError` (unknown set, split, `n` or `size`)."
     if not names: raise ValueError(f"names is empty: name at least one set of {', '.join(SETS)}")
-    report = []
+    report = ["; ".join(f"{'AGOP_BOOK_DATA=' * (source == 'AGOP_BOOK_DATA')}{folder}{_state(folder)}" for source, folder in data_roots())]
     for request in [_request(name, split, n, random_state, size) for name in names]:
         tried = _find(request)
         if tried and download: tried += _download(request)
         if not tried or request.source == "download": return _read(request)
-        report.append(f"{request.name}: tried {'; '.join(tried)}\n  to get it: {_remedy(request.name, request.row)}")
+        report.append(f"{request.name}: no {', no '.join(tried)}\n  to get it: {_remedy(request.name, request.row)}")
     spare = "sample_photos" if names[-1] in ("photos", "imagenet") else _STAND_IN[request.row.modality]
-    raise DataNotFound("\n".join([f"not on this machine: {', '.join(names)} (split {split!r})", *report,
+    raise DataNotFound("\n".join([f"not on this machine: {', '.join(names)} (split {split!r}); searched " + report[0], *report[1:],
                                   f"or accept a set that is always there: load({', '.join(map(repr, [*names, spare]))})"]))
 
-# %% ../nbs/90_data.ipynb #0bb88397
+# %% ../nbs/90_data.ipynb #9d311581
 def available():
     "One row per set: name, modality, published number of training samples, where it was found or `missing`, remedy. No file is opened."
     table = []
@@ -557,7 +565,7 @@ def available():
         table.append((name, row.modality, n or "", found, _remedy(name, row) if missing else ""))
     return pd.DataFrame(table, columns=["name", "modality", "n", "found", "remedy"])
 
-# %% ../nbs/90_data.ipynb #2bf53c1f
+# %% ../nbs/90_data.ipynb #ec185563
 class LowRank(NamedTuple):
     "A task with a known answer: float64 arrays (n, d) and (n, 1), the coordinates that matter, the name of the task."
     x: np.ndarray

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Chapter', 'UsageError', 'chapters', 'Failure', 'write_report', 'reproduce', 'listing', 'main']
 
-# %% ../nbs/92_reproduce.ipynb #450e29b1
+# %% ../nbs/92_reproduce.ipynb #c98e69eb
 import argparse, ast, base64, copy, difflib, hashlib, html, json, os, re, shutil, sys, tempfile, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +14,11 @@ import jinja2
 import nbformat
 import pandas as pd
 import psutil
-from tqdm import tqdm
 
 import agop_book
-from .figures import SCALES, out_dir, paper_table, read_record, records, scale, write_atomic, _device_name, _show
+from .figures import SCALES, out_dir, paper_table, read_record, records, scale, write_atomic, _bar, _device_name, _show
 
-# %% ../nbs/92_reproduce.ipynb #64602893
+# %% ../nbs/92_reproduce.ipynb #e20fb476
 def _runs(cell):
     "Is this a code cell that is to be run?"
     return cell.cell_type == "code" and not re.search(r"^\s*#\s*\|\s*eval:\s*false", cell.source, re.M)
@@ -39,7 +38,7 @@ def _recorded(source):
             id = node.args[0] if node.args else next((k.value for k in node.keywords if k.arg == "id"), None)
             if isinstance(id, ast.Constant) and isinstance(id.value, str): yield id.value
 
-# %% ../nbs/92_reproduce.ipynb #e9b16963
+# %% ../nbs/92_reproduce.ipynb #5d32e4de
 def _home(): return Path(agop_book.__file__).parent
 
 def _modules(source):
@@ -65,7 +64,7 @@ def _closure(sources):
         todo += _modules(found[name])
     return found
 
-# %% ../nbs/92_reproduce.ipynb #94c48699
+# %% ../nbs/92_reproduce.ipynb #2cb0fb47
 @dataclass(frozen=True)
 class Chapter:
     "A notebook of the book, read but not run."
@@ -94,7 +93,7 @@ class Chapter:
 class UsageError(Exception):
     "Something in the call is wrong: the message says what and what to do."
 
-# %% ../nbs/92_reproduce.ipynb #bc69fe07
+# %% ../nbs/92_reproduce.ipynb #68303821
 def chapters(
     folder=None,   # folder with notebooks; None: the book's own
 ) -> list:
@@ -105,7 +104,7 @@ def chapters(
         if paths: return [Chapter.read(p) for p in paths]
     raise UsageError(f"no chapters in {' or '.join(map(str, places))}: install agop_book again")
 
-# %% ../nbs/92_reproduce.ipynb #df5ae484
+# %% ../nbs/92_reproduce.ipynb #b5240c14
 def _figure_state(chapter, id, out, scale=None):
     "'finished', 'other scale', 'outdated' (the chapter has changed since) or '' (not there)."
     entry = read_record(out / f"{id}.json")
@@ -125,7 +124,7 @@ def _finished(chapter, out, scale, wanted):
     if not (stamp.get("complete") and stamp.get("scale") == scale and stamp.get("fingerprint") == chapter.fingerprint): return False
     return all(_figure_state(chapter, id, out, scale) == "finished" for id in chapter.figures if id not in stamp.get("without", []))
 
-# %% ../nbs/92_reproduce.ipynb #9f48f5f3
+# %% ../nbs/92_reproduce.ipynb #1e7b0029
 _BOOT = """
 import os, sys, threading, time
 parent, home = int(sys.argv.pop(1)), sys.argv.pop(1)
@@ -147,7 +146,7 @@ def _kernel(work):
         def get_kernel_spec(self, name): return KernelSpec(argv=argv, display_name="Python 3", language="python")
     return AsyncKernelManager(kernel_name="python3", kernel_spec_manager=Ours(), connection_file=str(work / "kernel.json"))
 
-# %% ../nbs/92_reproduce.ipynb #b8451aa4
+# %% ../nbs/92_reproduce.ipynb #d4b60cbc
 @dataclass
 class Failure:
     "Where a chapter stopped."
@@ -164,7 +163,7 @@ def _first_line(source):
 
 def _clean(text): return re.sub(r"\x1b\[[0-9;]*m", "", str(text))            # without the colours of a terminal
 
-# %% ../nbs/92_reproduce.ipynb #22c3ec1c
+# %% ../nbs/92_reproduce.ipynb #abdd6d24
 def _execute(nb, name, last, env, work, step):
     "Run cells up to index `last` of a notebook, in place. Returns a Failure, or None."
     from nbclient import NotebookClient
@@ -191,7 +190,7 @@ def _environment(chapter, scale, device, out, since, work):
     env.pop("AGOP_BOOK_SINCE", None)
     return env | ({"AGOP_BOOK_SINCE": str(since)} if since else {})
 
-# %% ../nbs/92_reproduce.ipynb #a43cae51
+# %% ../nbs/92_reproduce.ipynb #aeb12cb1
 def _run_chapter(chapter, wanted, scale, device, out, since=None, step=lambda: None):
     "Run a chapter (only as far as the `wanted` figures need) and save its executed copy. Returns a Failure or None."
     nb, start = copy.deepcopy(chapter.notebook), time.time()
@@ -210,7 +209,7 @@ def _run_chapter(chapter, wanted, scale, device, out, since=None, step=lambda: N
     write_atomic(out / "chapters" / chapter.path.name, nbformat.writes(nb).encode())
     return failure
 
-# %% ../nbs/92_reproduce.ipynb #6fa226c3
+# %% ../nbs/92_reproduce.ipynb #7c5f6c5f
 def _sweep_stale(out):
     "Remove temporary files and folders of processes that no longer live."
     for folder in (out, out / "chapters", out / "results"):
@@ -219,7 +218,7 @@ def _sweep_stale(out):
             if pid.isdigit() and not psutil.pid_exists(int(pid)):
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
-# %% ../nbs/92_reproduce.ipynb #8280d5cd
+# %% ../nbs/92_reproduce.ipynb #e764f1b1
 _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark"><title>agop_book: figures</title><style>
 :root { --ink: #1a1a1a; --paper: #fff; --soft: #5c5c5c; --line: #ddd; --link: #0055a4; --bad: #b00020 }
@@ -242,7 +241,7 @@ report (Science, 2024); a blank means that they report no number for it.</p>
 {% for c in chapters %}<tr><td>{% if c.link %}<a href="{{ c.link }}">{{ c.name }}</a>{% else %}{{ c.name }}{% endif %}</td><td>{{ c.title }}</td><td>{{ c.state }}</td><td>{{ c.seconds }}</td></tr>{% endfor %}
 </tbody></table></div></body></html>"""
 
-# %% ../nbs/92_reproduce.ipynb #32be4250
+# %% ../nbs/92_reproduce.ipynb #b28faf1d
 def _inline(text):
     "Code, bold, emphasis and links of one line of Markdown as HTML; everything else is escaped."
     text = html.escape(text)
@@ -259,7 +258,7 @@ def _entry(row, old):
     return dict(id=row["id"], picture=base64.b64encode(row["png"].read_bytes()).decode(), caption=jinja2.utils.markupsafe.Markup(_inline(row["caption"])),
                 table=[(name, _show(a), _show(b)) for name, (a, b) in zip(table.index, table.values)], made="; ".join(filter(None, made)) + ".", old=old)
 
-# %% ../nbs/92_reproduce.ipynb #61843c9d
+# %% ../nbs/92_reproduce.ipynb #789b8ee8
 def write_report(
     out: Path,       # folder with the records
     book,            # its chapters, as `chapters()` gives them
@@ -282,7 +281,7 @@ def write_report(
     write_atomic(out / "report.html", page.encode())
     return out / "report.html"
 
-# %% ../nbs/92_reproduce.ipynb #637d45f4
+# %% ../nbs/92_reproduce.ipynb #99fe7cfb
 def _check(figures, scale_name, device_name, out, book):
     "Scale, device and folder to use, and what to run: a list of (chapter, wanted figures or None). Raises UsageError."
     known = {id: c for c in book for id in c.figures}
@@ -290,15 +289,16 @@ def _check(figures, scale_name, device_name, out, book):
         if id not in known:
             near = difflib.get_close_matches(id, known, 3, 0.5)
             raise UsageError(f"unknown figure {id!r}: " + (f"did you mean {' or '.join(near)}?" if near else "`agop-book list` names all of them"))
-    os.environ.update({k: str(v) for k, v in [("AGOP_BOOK_SCALE", scale_name), ("AGOP_BOOK_DEVICE", device_name), ("AGOP_BOOK_OUT", out)] if v})
+    if scale_name not in (None, *SCALES): raise UsageError(f"--scale {scale_name!r} is unknown: choose one of {', '.join(SCALES)}")
+    if out: os.environ["AGOP_BOOK_OUT"] = str(out)
     try:
-        use = scale(), _device_name(), out_dir()
+        use = scale_name or scale(), _device_name(device_name), out_dir()
         for sub in ("chapters", "results"): (use[2] / sub).mkdir(exist_ok=True)
     except (ValueError, OSError) as error: raise UsageError(str(error)) from error
     wanted = [(c, [id for id in figures if known[id] is c] if figures else None) for c in book]
     return *use, [(c, w) for c, w in wanted if w != []]
 
-# %% ../nbs/92_reproduce.ipynb #36a8356f
+# %% ../nbs/92_reproduce.ipynb #8ce6314a
 def reproduce(
     figures=(),      # ids of figures; none: every chapter
     *,
@@ -319,7 +319,7 @@ def reproduce(
         if c not in [d for d, _ in left]: print(f"{c.name}: finished already")
     failures, since = [], start if force else None
     length = lambda c, w: 1 + max(c.figures[id] for id in w) if w else len(c.notebook.cells)
-    with tqdm(total=sum(length(c, w) for c, w in left), unit="cell", disable=not left) as bar:
+    with _bar(None, total=sum(length(c, w) for c, w in left), unit="cell", disable=not left) as bar:
         for c, w in left:
             bar.set_description(c.name)
             began, end = time.time(), bar.n + length(c, w)
@@ -335,7 +335,7 @@ def _restore(environment):
     for name in os.environ.keys() - environment.keys(): del os.environ[name]
     os.environ.update(environment)
 
-# %% ../nbs/92_reproduce.ipynb #e79f52d6
+# %% ../nbs/92_reproduce.ipynb #77e30b74
 def _summary(out, book, failures, seconds):
     "Say where everything is and what failed; the exit code."
     report = write_report(out, book, failures)
@@ -345,7 +345,7 @@ def _summary(out, book, failures, seconds):
     for f in failures: print(f"FAILED: {f}", file=sys.stderr)
     return 1 if failures else 0
 
-# %% ../nbs/92_reproduce.ipynb #aab8936f
+# %% ../nbs/92_reproduce.ipynb #b6ce4128
 def _parser():
     p = argparse.ArgumentParser("agop-book", description="Run the book: make its figures, list them, say which data sets are there.")
     p.add_argument("--version", action="version", version=f"agop_book {agop_book.__version__}")
@@ -377,7 +377,7 @@ def listing(
             rows.append((c.name, c.title, id, state and f"{state} ({read_record(out / f'{id}.json')['scale']})"))
     return pd.DataFrame(rows, columns=["chapter", "title", "figure", "state"])
 
-# %% ../nbs/92_reproduce.ipynb #0be82cd3
+# %% ../nbs/92_reproduce.ipynb #83f229fc
 def _print_table(table):
     with pd.option_context("display.max_colwidth", None, "display.width", None): print(table.to_string(index=False))
 

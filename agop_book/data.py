@@ -6,7 +6,7 @@
 __all__ = ['SETS', 'LOW_RANK', 'Dataset', 'SubsetError', 'Row', 'Request', 'DataNotFound', 'UnreadableData', 'cache_dir',
            'data_roots', 'read_idx', 'Task', 'read_task', 'tasks', 'load', 'available', 'LowRank', 'low_rank']
 
-# %% ../nbs/90_data.ipynb #1718f105
+# %% ../nbs/90_data.ipynb #8ab6e0ea
 import contextlib
 import difflib
 import gzip
@@ -25,10 +25,9 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 import pandas as pd
-import pooch
 from PIL import Image, ImageOps
 
-# %% ../nbs/90_data.ipynb #2e3c131c
+# %% ../nbs/90_data.ipynb #fdfbf486
 @dataclass(frozen=True, eq=False)
 class Dataset:
     "Samples, what they are called, and where they came from."
@@ -63,7 +62,7 @@ class Dataset:
         rows = _draw(np.arange(len(self)), n, random_state, self.name)
         return replace(self, x=self.x[rows], y=None if self.y is None else self.y[rows])
 
-# %% ../nbs/90_data.ipynb #00ea9337
+# %% ../nbs/90_data.ipynb #d9bbe6ff
 class SubsetError(ValueError):
     "More samples asked for than there are, or a senseless number of them."
 
@@ -74,7 +73,7 @@ def _draw(rows, n, random_state, name):
     if n > len(rows): raise SubsetError(f"n={n:,} is more than {name} has ({len(rows):,} samples): ask for fewer, or n=None for all")
     return np.random.RandomState(random_state).permutation(rows)[:n]    # its stream is frozen: the same subset with every numpy
 
-# %% ../nbs/90_data.ipynb #41981d7e
+# %% ../nbs/90_data.ipynb #1e800679
 @dataclass(frozen=True)
 class Row:
     "What is known about one set."
@@ -100,7 +99,7 @@ class Row:
 
 SETS: dict[str, Row] = {}
 
-# %% ../nbs/90_data.ipynb #cc21a3a9
+# %% ../nbs/90_data.ipynb #28907aae
 @dataclass
 class Request:
     "One call of `load`, as a reader sees it."
@@ -118,7 +117,7 @@ class Request:
             rows = rows[:cut] if self.split == "train" else rows[cut:]
         return rows if self.n is None else _draw(rows, self.n, self.random_state, f"{self.name} ({self.split})")
 
-# %% ../nbs/90_data.ipynb #49156374
+# %% ../nbs/90_data.ipynb #764fbf22
 def _sklearn(request):
     from sklearn import datasets
     bunch = getattr(datasets, f"load_{request.name}")()
@@ -139,19 +138,25 @@ for _name, _n in {"digits": 1797, "iris": 150, "wine": 178, "breast_cancer": 569
     SETS[_name] = Row(f"scikit-learn {_name}" + " 8x8" * (_name == "digits"), "image" if _name == "digits" else "table", _sklearn, {"all": _n}, held=0.25)
 SETS["sample_photos"] = Row("scikit-learn's two sample photographs", "image", _sample_photos, {"train": 2})
 
-# %% ../nbs/90_data.ipynb #f2df33fb
+# %% ../nbs/90_data.ipynb #a0224821
 class DataNotFound(FileNotFoundError):
     "None of the sets asked for is on this machine. The message says what was tried and what to do."
-    __str__ = Exception.__str__
 
 
 class UnreadableData(ValueError):
     "A file is there, but damaged, truncated, in another format, without permission, or fails its checksum."
 
 
+def _pooch():
+    with warnings.catch_warnings():      # its progress bar asks for widgets that the book does not use
+        warnings.simplefilter("ignore")
+        import pooch
+    return pooch
+
+
 def cache_dir():
     "Folder for downloads: the user's cache folder of this operating system."
-    return Path(pooch.os_cache("agop_book"))
+    return Path(_pooch().os_cache("agop_book"))
 
 
 def data_roots():
@@ -168,20 +173,21 @@ def _find(request):
     "Set source, folder and files of the request and return []; or return what is missing, relative to the data roots."
     row = request.row
     patterns = row.files[request.split] if isinstance(row.files, dict) else row.files
-    patterns = [pattern.format(task=request.task) for pattern in patterns]
+    patterns, missing = [pattern.format(task=request.task) for pattern in patterns], {}
     for source, root in data_roots() if patterns else ():
-        for folder in (root / at for at in row.at):
-            files = [sorted(folder.glob(pattern)) for pattern in patterns]
+        for at in row.at:
+            files = [sorted((root / at).glob(pattern)) for pattern in patterns]
             if all(files):
-                request.source, request.folder, request.files = source, folder, files
+                request.source, request.folder, request.files = source, root / at, files
                 return []
-    return [" + ".join(str(Path(at) / pattern) for pattern in patterns) for at in row.at] if patterns else []
+            missing["no " + str(Path(at) / patterns[files.index([])])] = True
+    return list(missing)
 
 
 def _state(folder):
     return "" if os.access(folder, os.R_OK | os.X_OK) else " (no permission)" if os.path.isdir(folder) else " (not a folder)" if os.path.exists(folder) else " (absent)"
 
-# %% ../nbs/90_data.ipynb #a10e4f62
+# %% ../nbs/90_data.ipynb #ec2e8744
 def read_idx(path):
     "Array in an idx file, plain or gzipped; `UnreadableData` if the header and the content disagree."
     path = Path(path)
@@ -196,7 +202,7 @@ def read_idx(path):
     if len(raw) != size: raise UnreadableData(f"{path}: its header promises {size:,} bytes for shape {shape}, the file has {len(raw):,}: get it again")
     return np.frombuffer(raw, kind, offset=head).reshape(shape)
 
-# %% ../nbs/90_data.ipynb #5cf03236
+# %% ../nbs/90_data.ipynb #6fbd2ec2
 def _idx(request):
     x, y = read_idx(request.files[0][0]), read_idx(request.files[1][0])
     if x.ndim != 3 or len(x) != len(y): raise UnreadableData(f"{request.files[0][0]}: shape {x.shape} of the images does not match {y.shape} of the labels")
@@ -212,7 +218,7 @@ _MIXED = string.digits + string.ascii_uppercase + "abdefghnqrt"
 _EMNIST = {"balanced": _MIXED, "bymerge": _MIXED, "byclass": string.digits + string.ascii_uppercase + string.ascii_lowercase,
            "letters": string.ascii_lowercase, "digits": string.digits, "mnist": string.digits}
 
-# %% ../nbs/90_data.ipynb #6c4d2872
+# %% ../nbs/90_data.ipynb #e43daea1
 def _idx_files(prefix, train, test, labels="idx1-ubyte"):
     return {split: tuple(f"{prefix}{part}-{kind}*" for kind in ("images-idx3-ubyte", f"labels-{labels}"))
             for split, part in (("train", train), ("test", test))}
@@ -227,7 +233,7 @@ SETS["qmnist"] = Row("QMNIST", "image", _idx, {"train": 60000, "test": 60000}, _
 SETS["emnist"] = Row("EMNIST ({task})", "image", _idx, {"train": None, "test": None}, _idx_files("emnist-{task}-", "train", "test"),
                      ("emnist", "EMNIST/raw"), torchvision="EMNIST", arguments=_TRAIN, tasks=_EMNIST)
 
-# %% ../nbs/90_data.ipynb #a3e59f35
+# %% ../nbs/90_data.ipynb #601eb137
 def _npz(request):
     with np.load(request.files[0][0], allow_pickle=False) as file:
         x, y = file["x" if "x" in file else "X"], file["y"]
@@ -253,7 +259,7 @@ SETS["svhn"] = Row("SVHN", "image", _mat, {"train": 73257, "test": 26032, "extra
                    {split: (f"{split}_32x32.mat",) for split in ("train", "test", "extra")}, ("", "svhn", "SVHN"), torchvision="SVHN",
                    arguments={split: {"split": split} for split in ("train", "test", "extra")})
 
-# %% ../nbs/90_data.ipynb #4d632233
+# %% ../nbs/90_data.ipynb #e74bd939
 def _imagenet32(request):
     files = request.files[0]
     labels = []
@@ -272,7 +278,7 @@ SETS["imagenet32"] = Row("ImageNet32", "image", _imagenet32, {"train": 1281167, 
                          {"train": ("train_data_batch_*.npz",), "test": ("val_data.npz",)}, ("imagenet32", "Imagenet32_train", "Imagenet32_val", ""),
                          remedy="register at https://image-net.org, download the 32x32 npz batches and put them into imagenet32/")
 
-# %% ../nbs/90_data.ipynb #1f8b675c
+# %% ../nbs/90_data.ipynb #80e2dc5b
 def _square(image, size):
     "Centre square of a PIL image, `size` pixels a side."
     return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
@@ -297,7 +303,7 @@ def _class_folders(request):
     picked = [files[i] for i in request.pick(len(files))]
     return np.stack([_decode(path, request.size) for path, _ in picked]), np.array([k for _, k in picked]), [folder.name for folder in folders], None
 
-# %% ../nbs/90_data.ipynb #d764c1ed
+# %% ../nbs/90_data.ipynb #ed14c878
 SETS["photos"] = Row("{total} photographs (ImageNet samples)", "image", _flat_folder, {}, ("*.jpg",), ("photos",), size=224,
                      remedy="put any photographs (*.jpg) into photos/")
 SETS["imagenet"] = Row("ImageNet", "image", _class_folders, {"train": 1281167, "test": 50000}, {"train": ("train",), "test": ("val",)},
@@ -306,7 +312,7 @@ SETS["imagenet"] = Row("ImageNet", "image", _class_folders, {"train": 1281167, "
 SETS["caltech101"] = Row("Caltech101", "image", _class_folders, {"all": 8677}, ("101_ObjectCategories",), ("caltech101",), held=0.25, size=224,
                          torchvision="Caltech101")
 
-# %% ../nbs/90_data.ipynb #031ec603
+# %% ../nbs/90_data.ipynb #cab0e098
 _VISION = 'pip install "agop_book[vision]"'
 
 
@@ -327,7 +333,7 @@ def _vision(request):
     names = getattr(data, "attr_names", None) or getattr(data, "classes", None)
     return np.stack(x), np.asarray(y, np.int64), None if names is None else [name for name in names if name], None
 
-# %% ../nbs/90_data.ipynb #16e25535
+# %% ../nbs/90_data.ipynb #cbf41560
 def _vision_row(title, of, counts, files, argument="split", size=None, extra="", **names):
     "Row of a set that torchvision reads; `names` are its words for our splits where they differ."
     arguments = _TRAIN if argument == "train" else {split: {argument: names.get(split, split)} for split in counts}
@@ -345,7 +351,7 @@ SETS["pcam"] = _vision_row("PCAM", "PCAM", {"train": 262144, "val": 32768, "test
                            {split: tuple(f"pcam/camelyonpatch_level_2_split_{part}_{xy}.h5" for xy in "xy")
                             for split, part in (("train", "train"), ("val", "valid"), ("test", "test"))}, extra="gdown h5py")
 
-# %% ../nbs/90_data.ipynb #3b97c0aa
+# %% ../nbs/90_data.ipynb #c2b9b43d
 def _documents(request):
     path = request.files[0][0]
     mark = rb"<\|endoftext\|>" if request.name == "tinystories" else rb"\r?\n\r?\n"
@@ -371,7 +377,7 @@ SETS["tinystories"] = Row("TinyStories ({total:,} stories)", "text", _documents,
                           shuffled=False, remedy="download TinyStories-train.txt from https://huggingface.co/datasets/roneneldan/TinyStories into tinystories/")
 SETS["help_topics"] = Row(f"help topics of Python {platform.python_version()}", "text", _help_topics, {}, held=0.1)
 
-# %% ../nbs/90_data.ipynb #c49a107a
+# %% ../nbs/90_data.ipynb #e2ae3cf0
 def _surnames(request):
     files = request.files[0]
     words = [[line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()] for path in files]
@@ -381,12 +387,12 @@ def _surnames(request):
 
 
 _SCRIPTS = {"Canadian": "CANADIAN SYLLABICS", "Cherokee": "CHEROKEE LETTER", "Cuneiform": "CUNEIFORM SIGN", "Ethiopic": "ETHIOPIC SYLLABLE",
-            "Hangul": "HANGUL SYLLABLE", "Mende": "MENDE KIKAKUI SYLLABLE", "Vai": "VAI SYLLABLE", "Yi": "YI SYLLABLE"}
+            "Hangul": "HANGUL SYLLABLE", "Vai": "VAI SYLLABLE", "Yi": "YI SYLLABLE"}
 
 
 def _syllables(request):
     x, y = [], []
-    names = [unicodedata.name(chr(code), "") for code in range(0x1200, 0x1E8FF)]
+    names = [unicodedata.name(chr(code), "") for code in range(0x1200, 0x12600)]
     for k, prefix in enumerate(_SCRIPTS.values()):
         words = [name[len(prefix) + 1:].capitalize() for name in names if name.startswith(prefix + " ")]
         words = [word for word in words if word.isalpha() and len(word) <= 12][::max(1, len(words) // 1000)]
@@ -399,7 +405,7 @@ SETS["names"] = Row("{total:,} surnames of {classes} languages", "names", _surna
                     remedy="unpack https://download.pytorch.org/tutorial/data.zip (PyTorch's tutorial on names) so that names/English.txt exists")
 SETS["syllables"] = Row("{total:,} syllables of {classes} scripts (Unicode names)", "names", _syllables, {}, held=0.2)
 
-# %% ../nbs/90_data.ipynb #3429154d
+# %% ../nbs/90_data.ipynb #c5eb4dcf
 @dataclass(frozen=True, eq=False)
 class Task:
     "One of the 121 tasks with its published splits."
@@ -420,7 +426,7 @@ def _malformed(path, line, what): return UnreadableData(f"{path}, line {line}: {
 def _task_table(path, n, d, classes):
     "Features and classes of one `*_R.dat`; the first column counts the rows, the last is the class."
     lines = path.read_text(encoding="latin-1").splitlines()[1:]
-    try: table = np.loadtxt(lines, ndmin=2)
+    try: table = np.loadtxt(lines, ndmin=2) if lines else np.empty((0, 0))
     except ValueError: table = np.empty((0, 0))
     good = table.shape == (n, d + 2) and np.isfinite(table).all() and np.isin(table[:, -1], np.arange(classes)).all()
     if good: return table[:, 1:-1], table[:, -1].astype(np.int64)
@@ -442,7 +448,7 @@ def _task_indices(path, lines, n):
         if bad or not words: raise _malformed(path, number, f"{bad[:1] or 'nothing'} is not an index of one of the {n} samples (0 .. {n - 1})")
     return [np.array(words, np.int64) for words in rows]
 
-# %% ../nbs/90_data.ipynb #25dc33bc
+# %% ../nbs/90_data.ipynb #76f91a33
 def read_task(folder):
     "Read one task of the 121 from its folder, checking every size that its files state."
     folder = Path(folder)
@@ -477,7 +483,7 @@ def tasks():
     request = Request("uci121", SETS["uci121"], task="*")
     return {} if _find(request) else {path.parent.name: path.parent for path in request.files[1] if (path.parent / f"{path.parent.name}.txt").exists()}
 
-# %% ../nbs/90_data.ipynb #dfebad77
+# %% ../nbs/90_data.ipynb #9a7597c5
 _STAND_IN = {"image": "digits", "table": "breast_cancer", "text": "help_topics", "names": "syllables"}
 
 
@@ -505,20 +511,21 @@ def _remedy(name, row):
 
 def _download(request):
     "Try to download into the cache; return [] or why it failed."
-    row, folder = request.row, cache_dir() / request.row.at[0]
-    if not (row.torchvision or row.sha256): return ["download: no checksum of it is known for certain"]
+    row, root = request.row, cache_dir()
+    if not (row.torchvision or row.sha256): return ["not downloaded, because no checksum of it is known for certain"]
     try:
-        if row.torchvision:
-            cache_dir().mkdir(parents=True, exist_ok=True)
-            _torchvision(request, root=str(cache_dir()), download=True)
-        else: pooch.retrieve(row.url, f"sha256:{row.sha256}", fname=row.files[0], path=folder, progressbar=True)
-    except OSError as error: return [f"download: {error}"]
-    except (RuntimeError, ValueError) as error: raise UnreadableData(f"{request.name}: the download failed its check: {error}") from error
+        root.mkdir(parents=True, exist_ok=True)
+        if row.torchvision: _torchvision(request, root=str(root), download=True)
+        else: _pooch().retrieve(row.url, f"sha256:{row.sha256}", fname=row.files[0], path=root / row.at[0])
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, ValueError) or "corrupted" in str(error):      # what pooch and torchvision say of a wrong checksum
+            raise UnreadableData(f"{request.name}: the download failed its checksum: {error}") from error
+        return [f"download failed ({error})"]
     missing = _find(request)
     if not missing: request.source = "download"
     return missing
 
-# %% ../nbs/90_data.ipynb #87699a95
+# %% ../nbs/90_data.ipynb #a44b684f
 def _read(request):
     row = request.row
     try: x, y, classes, columns = row.read(request)
@@ -548,12 +555,13 @@ def load(*names: str,              # sets in order of preference, such as "svhn"
         tried = _find(request)
         if tried and download: tried += _download(request)
         if not tried or request.source == "download": return _read(request)
-        report.append(f"{request.name}: no {', no '.join(tried)}\n  to get it: {_remedy(request.name, request.row)}")
+        close = difflib.get_close_matches(request.task, tasks(), 3) if "uci121" in request.name else ()
+        report.append(f"{request.name}: {', '.join(tried)}" + f" (did you mean {' or '.join(close)}?)" * bool(close) + f"\n  to get it: {_remedy(request.name, request.row)}")
     spare = "sample_photos" if names[-1] in ("photos", "imagenet") else _STAND_IN[request.row.modality]
     raise DataNotFound("\n".join([f"not on this machine: {', '.join(names)} (split {split!r}); searched " + report[0], *report[1:],
                                   f"or accept a set that is always there: load({', '.join(map(repr, [*names, spare]))})"]))
 
-# %% ../nbs/90_data.ipynb #9d311581
+# %% ../nbs/90_data.ipynb #c44ec094
 def available():
     "One row per set: name, modality, published number of training samples, where it was found or `missing`, remedy. No file is opened."
     table = []
@@ -565,7 +573,7 @@ def available():
         table.append((name, row.modality, n or "", found, _remedy(name, row) if missing else ""))
     return pd.DataFrame(table, columns=["name", "modality", "n", "found", "remedy"])
 
-# %% ../nbs/90_data.ipynb #ec185563
+# %% ../nbs/90_data.ipynb #4689f7a1
 class LowRank(NamedTuple):
     "A task with a known answer: float64 arrays (n, d) and (n, 1), the coordinates that matter, the name of the task."
     x: np.ndarray

@@ -6,7 +6,7 @@
 __all__ = ['SETS', 'LOW_RANK', 'Dataset', 'SubsetError', 'Row', 'Request', 'DataNotFound', 'UnreadableData', 'cache_dir',
            'data_roots', 'read_idx', 'Task', 'read_task', 'tasks', 'load', 'available', 'LowRank', 'low_rank']
 
-# %% ../nbs/90_data.ipynb #8ab6e0ea
+# %% ../nbs/90_data.ipynb #58868088
 import contextlib
 import difflib
 import gzip
@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
 
-# %% ../nbs/90_data.ipynb #fdfbf486
+# %% ../nbs/90_data.ipynb #4195b59b
 @dataclass(frozen=True, eq=False)
 class Dataset:
     "Samples, what they are called, and where they came from."
@@ -62,7 +62,7 @@ class Dataset:
         rows = _draw(np.arange(len(self)), n, random_state, self.name)
         return replace(self, x=self.x[rows], y=None if self.y is None else self.y[rows])
 
-# %% ../nbs/90_data.ipynb #d9bbe6ff
+# %% ../nbs/90_data.ipynb #731c72e8
 class SubsetError(ValueError):
     "More samples asked for than there are, or a senseless number of them."
 
@@ -73,11 +73,11 @@ def _draw(rows, n, random_state, name):
     if n > len(rows): raise SubsetError(f"n={n:,} is more than {name} has ({len(rows):,} samples): ask for fewer, or n=None for all")
     return np.random.RandomState(random_state).permutation(rows)[:n]    # its stream is frozen: the same subset with every numpy
 
-# %% ../nbs/90_data.ipynb #1e800679
+# %% ../nbs/90_data.ipynb #0acf869f
 @dataclass(frozen=True)
 class Row:
     "What is known about one set."
-    title: str                   # for captions; may name {total}, {classes}
+    title: str                   # for captions; may name {total}, {classes}, {task}
     modality: str                # "image", "table", "text" or "names"
     read: Callable               # read(request) -> x, y, classes, columns
     n: dict                      # published number of samples of each split, None if it varies; {"all": n} where no split was published
@@ -99,7 +99,7 @@ class Row:
 
 SETS: dict[str, Row] = {}
 
-# %% ../nbs/90_data.ipynb #28907aae
+# %% ../nbs/90_data.ipynb #4a73cef6
 @dataclass
 class Request:
     "One call of `load`, as a reader sees it."
@@ -107,6 +107,7 @@ class Request:
     size: int | None = None; task: str = ""; source: str = "embedded"; folder: Path | None = None
     files: list = field(default_factory=list)   # the files found, one list per pattern
     total: int = 0                              # samples in the files, set by `pick`
+    note: str = ""                              # for the label, set by a reader
 
     def pick(self, total):
         "Row numbers wanted, out of `total` in the file."
@@ -117,7 +118,7 @@ class Request:
             rows = rows[:cut] if self.split == "train" else rows[cut:]
         return rows if self.n is None else _draw(rows, self.n, self.random_state, f"{self.name} ({self.split})")
 
-# %% ../nbs/90_data.ipynb #764fbf22
+# %% ../nbs/90_data.ipynb #7f085348
 def _sklearn(request):
     from sklearn import datasets
     bunch = getattr(datasets, f"load_{request.name}")()
@@ -134,11 +135,12 @@ def _sample_photos(request):
     return np.stack([bunch.images[i] for i in rows]), rows, names, None
 
 
-for _name, _n in {"digits": 1797, "iris": 150, "wine": 178, "breast_cancer": 569, "diabetes": 442}.items():
-    SETS[_name] = Row(f"scikit-learn {_name}" + " 8x8" * (_name == "digits"), "image" if _name == "digits" else "table", _sklearn, {"all": _n}, held=0.25)
+SETS["digits"] = Row("scikit-learn digits 8x8", "image", _sklearn, {"all": 1797}, held=0.25)
+for _name, _n in {"iris": 150, "wine": 178, "breast_cancer": 569, "diabetes": 442}.items():
+    SETS[_name] = Row(f"scikit-learn {_name}", "table", _sklearn, {"all": _n}, held=0.25)
 SETS["sample_photos"] = Row("scikit-learn's two sample photographs", "image", _sample_photos, {"train": 2})
 
-# %% ../nbs/90_data.ipynb #a0224821
+# %% ../nbs/90_data.ipynb #eceb8f8e
 class DataNotFound(FileNotFoundError):
     "None of the sets asked for is on this machine. The message says what was tried and what to do."
 
@@ -161,7 +163,8 @@ def cache_dir():
 
 def data_roots():
     "Pairs (source, folder) in the order in which they are searched."
-    roots = [("cache", Path("data")), ("cache", cache_dir()), ("cache", Path(os.environ.get("SCIKIT_LEARN_DATA", "~/scikit_learn_data")).expanduser())]
+    sklearn = Path(os.environ.get("SCIKIT_LEARN_DATA", "~/scikit_learn_data")).expanduser()
+    roots = [("cache", Path("data")), ("cache", cache_dir()), ("cache", sklearn)]
     if given := os.environ.get("AGOP_BOOK_DATA"):
         roots.insert(0, ("AGOP_BOOK_DATA", Path(given).expanduser()))
         if not os.path.isdir(roots[0][1]):
@@ -185,9 +188,10 @@ def _find(request):
 
 
 def _state(folder):
-    return "" if os.access(folder, os.R_OK | os.X_OK) else " (no permission)" if os.path.isdir(folder) else " (not a folder)" if os.path.exists(folder) else " (absent)"
+    if os.path.isdir(folder): return "" if os.access(folder, os.R_OK | os.X_OK) else " (no permission)"
+    return " (not a folder)" if os.path.exists(folder) else " (absent)"
 
-# %% ../nbs/90_data.ipynb #ec2e8744
+# %% ../nbs/90_data.ipynb #3fbd047d
 def read_idx(path):
     "Array in an idx file, plain or gzipped; `UnreadableData` if the header and the content disagree."
     path = Path(path)
@@ -199,13 +203,15 @@ def read_idx(path):
     head = 4 + 4 * raw[3]
     shape = tuple(int.from_bytes(raw[i:i + 4], "big") for i in range(4, head, 4))
     size = head + int(np.prod(shape)) * np.dtype(kind).itemsize
-    if len(raw) != size: raise UnreadableData(f"{path}: its header promises {size:,} bytes for shape {shape}, the file has {len(raw):,}: get it again")
+    if len(raw) != size:
+        raise UnreadableData(f"{path}: its header promises {size:,} bytes for shape {shape}, the file has {len(raw):,}: get it again")
     return np.frombuffer(raw, kind, offset=head).reshape(shape)
 
-# %% ../nbs/90_data.ipynb #6fbd2ec2
+# %% ../nbs/90_data.ipynb #d130e0b4
 def _idx(request):
     x, y = read_idx(request.files[0][0]), read_idx(request.files[1][0])
-    if x.ndim != 3 or len(x) != len(y): raise UnreadableData(f"{request.files[0][0]}: shape {x.shape} of the images does not match {y.shape} of the labels")
+    if x.ndim != 3 or len(x) != len(y):
+        raise UnreadableData(f"{request.files[0][0]}: shape {x.shape} of the images does not match {y.shape} of the labels")
     rows, classes = request.pick(len(x)), _FASHION if request.name == "fashion_mnist" else list(string.digits)
     x, y = x[rows], (y[:, 0] if y.ndim == 2 else y)[rows].astype(np.int64)
     if request.name.startswith("emnist"):
@@ -218,7 +224,7 @@ _MIXED = string.digits + string.ascii_uppercase + "abdefghnqrt"
 _EMNIST = {"balanced": _MIXED, "bymerge": _MIXED, "byclass": string.digits + string.ascii_uppercase + string.ascii_lowercase,
            "letters": string.ascii_lowercase, "digits": string.digits, "mnist": string.digits}
 
-# %% ../nbs/90_data.ipynb #e43daea1
+# %% ../nbs/90_data.ipynb #49b55999
 def _idx_files(prefix, train, test, labels="idx1-ubyte"):
     return {split: tuple(f"{prefix}{part}-{kind}*" for kind in ("images-idx3-ubyte", f"labels-{labels}"))
             for split, part in (("train", train), ("test", test))}
@@ -233,7 +239,7 @@ SETS["qmnist"] = Row("QMNIST", "image", _idx, {"train": 60000, "test": 60000}, _
 SETS["emnist"] = Row("EMNIST ({task})", "image", _idx, {"train": None, "test": None}, _idx_files("emnist-{task}-", "train", "test"),
                      ("emnist", "EMNIST/raw"), torchvision="EMNIST", arguments=_TRAIN, tasks=_EMNIST)
 
-# %% ../nbs/90_data.ipynb #601eb137
+# %% ../nbs/90_data.ipynb #1dcd7942
 def _npz(request):
     with np.load(request.files[0][0], allow_pickle=False) as file:
         x, y = file["x" if "x" in file else "X"], file["y"]
@@ -259,7 +265,7 @@ SETS["svhn"] = Row("SVHN", "image", _mat, {"train": 73257, "test": 26032, "extra
                    {split: (f"{split}_32x32.mat",) for split in ("train", "test", "extra")}, ("", "svhn", "SVHN"), torchvision="SVHN",
                    arguments={split: {"split": split} for split in ("train", "test", "extra")})
 
-# %% ../nbs/90_data.ipynb #e74bd939
+# %% ../nbs/90_data.ipynb #db7032c6
 def _imagenet32(request):
     files = request.files[0]
     labels = []
@@ -278,7 +284,7 @@ SETS["imagenet32"] = Row("ImageNet32", "image", _imagenet32, {"train": 1281167, 
                          {"train": ("train_data_batch_*.npz",), "test": ("val_data.npz",)}, ("imagenet32", "Imagenet32_train", "Imagenet32_val", ""),
                          remedy="register at https://image-net.org, download the 32x32 npz batches and put them into imagenet32/")
 
-# %% ../nbs/90_data.ipynb #80e2dc5b
+# %% ../nbs/90_data.ipynb #f7b3e9e8
 def _square(image, size):
     "Centre square of a PIL image, `size` pixels a side."
     return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
@@ -303,7 +309,7 @@ def _class_folders(request):
     picked = [files[i] for i in request.pick(len(files))]
     return np.stack([_decode(path, request.size) for path, _ in picked]), np.array([k for _, k in picked]), [folder.name for folder in folders], None
 
-# %% ../nbs/90_data.ipynb #ed14c878
+# %% ../nbs/90_data.ipynb #f1f83ea5
 SETS["photos"] = Row("{total} photographs (ImageNet samples)", "image", _flat_folder, {}, ("*.jpg",), ("photos",), size=224,
                      remedy="put any photographs (*.jpg) into photos/")
 SETS["imagenet"] = Row("ImageNet", "image", _class_folders, {"train": 1281167, "test": 50000}, {"train": ("train",), "test": ("val",)},
@@ -312,7 +318,7 @@ SETS["imagenet"] = Row("ImageNet", "image", _class_folders, {"train": 1281167, "
 SETS["caltech101"] = Row("Caltech101", "image", _class_folders, {"all": 8677}, ("101_ObjectCategories",), ("caltech101",), held=0.25, size=224,
                          torchvision="Caltech101")
 
-# %% ../nbs/90_data.ipynb #cab0e098
+# %% ../nbs/90_data.ipynb #1356fb9f
 _VISION = 'pip install "agop_book[vision]"'
 
 
@@ -325,7 +331,8 @@ def _torchvision(request, **options):
 
 
 def _vision(request):
-    if request.name == "pcam" and importlib.util.find_spec("h5py") is None: raise ImportError("pcam is stored as HDF5 and needs h5py: pip install h5py")
+    if request.name == "pcam" and importlib.util.find_spec("h5py") is None:
+        raise ImportError("pcam is stored as HDF5 and needs h5py: pip install h5py")
     data = _torchvision(request, root=str(request.folder))
     items = (data[int(i)] for i in request.pick(len(data)))
     items = ((image.convert("RGB"), np.asarray(target)) for image, target in items)
@@ -333,7 +340,7 @@ def _vision(request):
     names = getattr(data, "attr_names", None) or getattr(data, "classes", None)
     return np.stack(x), np.asarray(y, np.int64), None if names is None else [name for name in names if name], None
 
-# %% ../nbs/90_data.ipynb #cbf41560
+# %% ../nbs/90_data.ipynb #51d88da2
 def _vision_row(title, of, counts, files, argument="split", size=None, extra="", **names):
     "Row of a set that torchvision reads; `names` are its words for our splits where they differ."
     arguments = _TRAIN if argument == "train" else {split: {argument: names.get(split, split)} for split in counts}
@@ -343,15 +350,16 @@ def _vision_row(title, of, counts, files, argument="split", size=None, extra="",
 SETS["cifar10"] = _vision_row("CIFAR-10", "CIFAR10", {"train": 50000, "test": 10000}, ("cifar-10-batches-py/data_batch_1",), "train")
 SETS["cifar100"] = _vision_row("CIFAR-100", "CIFAR100", {"train": 50000, "test": 10000}, ("cifar-100-python/train",), "train")
 SETS["stl10"] = _vision_row("STL-10", "STL10", {"train": 5000, "test": 8000}, ("stl10_binary/train_X.bin",))
-SETS["celeba"] = _vision_row("CelebA", "CelebA", {"train": 162770, "val": 19867, "test": 19962}, ("celeba/img_align_celeba", "celeba/list_attr_celeba.txt"),
-                             size=96, extra="gdown", val="valid")
-SETS["gtsrb"] = _vision_row("GTSRB", "GTSRB", {"train": 26640, "test": 12630}, {"train": ("gtsrb/GTSRB/Training",), "test": ("gtsrb/GTSRB/Final_Test",)}, size=32)
+SETS["celeba"] = _vision_row("CelebA", "CelebA", {"train": 162770, "val": 19867, "test": 19962},
+                             ("celeba/img_align_celeba", "celeba/list_attr_celeba.txt"), size=96, extra="gdown", val="valid")
+SETS["gtsrb"] = _vision_row("GTSRB", "GTSRB", {"train": 26640, "test": 12630},
+                            {"train": ("gtsrb/GTSRB/Training",), "test": ("gtsrb/GTSRB/Final_Test",)}, size=32)
 SETS["dtd"] = _vision_row("DTD", "DTD", {"train": 1880, "val": 1880, "test": 1880}, ("dtd/dtd/images", "dtd/dtd/labels"), size=224)
 SETS["pcam"] = _vision_row("PCAM", "PCAM", {"train": 262144, "val": 32768, "test": 32768},
                            {split: tuple(f"pcam/camelyonpatch_level_2_split_{part}_{xy}.h5" for xy in "xy")
                             for split, part in (("train", "train"), ("val", "valid"), ("test", "test"))}, extra="gdown h5py")
 
-# %% ../nbs/90_data.ipynb #c2b9b43d
+# %% ../nbs/90_data.ipynb #579db385
 def _documents(request):
     path = request.files[0][0]
     mark = rb"<\|endoftext\|>" if request.name == "tinystories" else rb"\r?\n\r?\n"
@@ -370,14 +378,16 @@ def _help_topics(request):
     return np.array([topics[names[i]].strip() for i in request.pick(len(names))], object), None, None, None
 
 
-SETS["shakespeare"] = Row("Shakespeare (Tiny Shakespeare)", "text", _documents, {"all": 7222}, ("input.txt",), ("tinyshakespeare", "shakespeare"), held=0.1,
-                          shuffled=False, url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+SETS["shakespeare"] = Row("Shakespeare (Tiny Shakespeare)", "text", _documents, {"all": 7222}, ("input.txt",),
+                          ("tinyshakespeare", "shakespeare"), held=0.1, shuffled=False,
+                          url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
                           sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
-SETS["tinystories"] = Row("TinyStories ({total:,} stories)", "text", _documents, {}, ("[tT]iny[sS]tories*.txt",), ("tinystories", "TinyStories", ""), held=0.1,
-                          shuffled=False, remedy="download TinyStories-train.txt from https://huggingface.co/datasets/roneneldan/TinyStories into tinystories/")
+SETS["tinystories"] = Row("TinyStories ({total:,} stories)", "text", _documents, {}, ("[tT]iny[sS]tories*.txt",),
+                          ("tinystories", "TinyStories", ""), held=0.1, shuffled=False,
+                          remedy="put TinyStories-train.txt from https://huggingface.co/datasets/roneneldan/TinyStories into tinystories/")
 SETS["help_topics"] = Row(f"help topics of Python {platform.python_version()}", "text", _help_topics, {}, held=0.1)
 
-# %% ../nbs/90_data.ipynb #e2ae3cf0
+# %% ../nbs/90_data.ipynb #d830c996
 def _surnames(request):
     files = request.files[0]
     words = [[line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()] for path in files]
@@ -405,7 +415,7 @@ SETS["names"] = Row("{total:,} surnames of {classes} languages", "names", _surna
                     remedy="unpack https://download.pytorch.org/tutorial/data.zip (PyTorch's tutorial on names) so that names/English.txt exists")
 SETS["syllables"] = Row("{total:,} syllables of {classes} scripts (Unicode names)", "names", _syllables, {}, held=0.2)
 
-# %% ../nbs/90_data.ipynb #c5eb4dcf
+# %% ../nbs/90_data.ipynb #e4450296
 @dataclass(frozen=True, eq=False)
 class Task:
     "One of the 121 tasks with its published splits."
@@ -448,7 +458,7 @@ def _task_indices(path, lines, n):
         if bad or not words: raise _malformed(path, number, f"{bad[:1] or 'nothing'} is not an index of one of the {n} samples (0 .. {n - 1})")
     return [np.array(words, np.int64) for words in rows]
 
-# %% ../nbs/90_data.ipynb #76f91a33
+# %% ../nbs/90_data.ipynb #4707723d
 def read_task(folder):
     "Read one task of the 121 from its folder, checking every size that its files state."
     folder = Path(folder)
@@ -469,6 +479,8 @@ def _task(request):
     task = read_task(request.folder / request.task)
     x, y = (task.x, task.y) if request.split == "train" else (task.x_test, task.y_test)
     if x is None: raise SubsetError(f"{request.name} has no separate test table: use split='train' and the folds of read_task")
+    rebuilt = request.folder / "RECONSTRUCTED.txt"          # some collections hold a few tasks restored from other sources
+    if rebuilt.is_file() and f"{request.task}/" in rebuilt.read_text(encoding="utf-8"): request.note = ", rebuilt from another source"
     rows = request.pick(len(x))
     return x[rows].astype(np.float32), y[rows], [str(k) for k in range(task.n_classes)], None
 
@@ -481,9 +493,10 @@ SETS["uci121"] = Row("{task} (of the 121 tasks)", "table", _task, {"train": None
 def tasks():
     "Folders of the 121 tasks found on this machine, by name."
     request = Request("uci121", SETS["uci121"], task="*")
-    return {} if _find(request) else {path.parent.name: path.parent for path in request.files[1] if (path.parent / f"{path.parent.name}.txt").exists()}
+    folders = [] if _find(request) else sorted({path.parent for path in request.files[1]})
+    return {folder.name: folder for folder in folders if (folder / f"{folder.name}.txt").exists()}
 
-# %% ../nbs/90_data.ipynb #9a7597c5
+# %% ../nbs/90_data.ipynb #4e559c6f
 _STAND_IN = {"image": "digits", "table": "breast_cancer", "text": "help_topics", "names": "syllables"}
 
 
@@ -525,7 +538,7 @@ def _download(request):
     if not missing: request.source = "download"
     return missing
 
-# %% ../nbs/90_data.ipynb #a44b684f
+# %% ../nbs/90_data.ipynb #987f4c59
 def _read(request):
     row = request.row
     try: x, y, classes, columns = row.read(request)
@@ -536,9 +549,11 @@ def _read(request):
         if x.dtype == np.uint8: x = (x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2)).astype(np.float32) / 255
         if request.size and x.shape[2:] != (request.size,) * 2:
             x = np.stack([[np.asarray(_square(Image.fromarray(channel), request.size)) for channel in image] for image in np.ascontiguousarray(x)])
-    published, label = row.n.get(request.split, row.n.get("all")), row.title.format(total=request.total, classes=len(classes or ()), task=request.task)
+    published = row.n.get(request.split, row.n.get("all"))
+    label = row.title.format(total=request.total, classes=len(classes or ()), task=request.task) + request.note
     if published and request.total != published: label += f" ({request.total:,} of {published:,} samples)"
-    return Dataset(request.name, np.ascontiguousarray(x), y, classes, request.split, request.source, label, columns, str(request.folder or "embedded"))
+    return Dataset(request.name, np.ascontiguousarray(x), y, classes, request.split, request.source, label, columns,
+                   str(request.folder or "embedded"))
 
 
 def load(*names: str,              # sets in order of preference, such as "svhn", "svhn_crops", "digits"
@@ -556,12 +571,13 @@ def load(*names: str,              # sets in order of preference, such as "svhn"
         if tried and download: tried += _download(request)
         if not tried or request.source == "download": return _read(request)
         close = difflib.get_close_matches(request.task, tasks(), 3) if "uci121" in request.name else ()
-        report.append(f"{request.name}: {', '.join(tried)}" + f" (did you mean {' or '.join(close)}?)" * bool(close) + f"\n  to get it: {_remedy(request.name, request.row)}")
+        if close: tried.append(f"did you mean {' or '.join(close)}?")
+        report.append(f"{request.name}: {', '.join(tried)}\n  to get it: {_remedy(request.name, request.row)}")
     spare = "sample_photos" if names[-1] in ("photos", "imagenet") else _STAND_IN[request.row.modality]
     raise DataNotFound("\n".join([f"not on this machine: {', '.join(names)} (split {split!r}); searched " + report[0], *report[1:],
                                   f"or accept a set that is always there: load({', '.join(map(repr, [*names, spare]))})"]))
 
-# %% ../nbs/90_data.ipynb #c44ec094
+# %% ../nbs/90_data.ipynb #05f700d3
 def available():
     "One row per set: name, modality, published number of training samples, where it was found or `missing`, remedy. No file is opened."
     table = []
@@ -573,7 +589,7 @@ def available():
         table.append((name, row.modality, n or "", found, _remedy(name, row) if missing else ""))
     return pd.DataFrame(table, columns=["name", "modality", "n", "found", "remedy"])
 
-# %% ../nbs/90_data.ipynb #4689f7a1
+# %% ../nbs/90_data.ipynb #57784f37
 class LowRank(NamedTuple):
     "A task with a known answer: float64 arrays (n, d) and (n, 1), the coordinates that matter, the name of the task."
     x: np.ndarray

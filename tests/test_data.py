@@ -543,6 +543,8 @@ def test_task_and_its_splits(root):
     task_files(root, "single")
     assert read_task(root / "uci121/single").x_test is None
     with pytest.raises(ValueError, match="no separate test table"): load("uci121/single", split="test")
+    write(root / "uci121/RECONSTRUCTED.txt", "single/single_R.dat  from elsewhere\n")
+    assert load("uci121/single").label.endswith("rebuilt from another source") and "rebuilt" not in load("uci121/toy").label
     assert set(tasks()) == {"toy", "single"} and available().set_index("name").n["uci121"] == "2 tasks"
     with pytest.raises(DataNotFound, match="did you mean single"): load("uci121/singel")
 

@@ -9,8 +9,10 @@ import yaml
 BOOK = Path(__file__).parent.parent
 URL = re.compile(r"https://agop-book\.github\.io/agop_book/(\w+)\.html(?:#([\w.-]+))?")
 BADGE = re.compile(r"\[!\[([^]]*)\]\([^)]*colab-badge\.svg\)\]\(([^)]*)\)")
-SHOWN = re.compile(r"---\s+(?:\[source\]\((?P<url>.*?)\)\{.*?\}\s+)?#+ (?P<name>.*)\s+(?P<rest>[\s\S]*)")
+SHOWN = re.compile(r"---\s+(?:\[source\]\((?P<url>.*?)\)\{.*?\}\s+)?#+ (?P<name>\S+)\s+(?P<rest>[\s\S]*)")
 HEADING, FENCE = re.compile(r"^(#+) ", re.M), re.compile(r"^```[\s\S]*?^```", re.M)
+DEFINED = re.compile(r"^(?:async )?(?:def|class) (\w+)", re.M)
+markdown = nbformat.v4.new_markdown_cell
 
 
 def slug(title):
@@ -26,11 +28,12 @@ def pages():
 
 
 def local(text):
-    "nbdev's absolute links to names -> links between the chapters; to the class where a method has no entry of its own."
+    "The badge as a link without its picture, which is on the network; nbdev's absolute links as links between the chapters."
     def link(m):
         notebook, anchors = pages()[m[1]]
-        return notebook + next((f"#{a}" for a in (m[2] or "", (m[2] or "").partition(".")[0]) if a in anchors), "")
-    return URL.sub(lambda m: link(m) if m[1] in pages() else m[0], text)
+        name = m[2] or ""            # a method without an entry of its own: its class
+        return notebook + next((f"#{a}" for a in (name, name.partition(".")[0]) if a in anchors), "")
+    return URL.sub(lambda m: link(m) if m[1] in pages() else m[0], BADGE.sub(r"[\1](\2){.colab}", text))
 
 
 def contents():
@@ -48,14 +51,19 @@ def options(cell):
     return {key.strip(): yaml.safe_load(value) for key, _, value in pairs}
 
 
-def show_doc(cell, following, level):
-    "The output of show_doc -> a section: name, link to the source, signature (if the code does not follow), summary. Else None."
+def shown(cell):
+    "The match of show_doc's output, or None for any other cell."
     found = [o.data["text/markdown"] for o in cell.get("outputs", []) if "text/markdown" in o.get("data", {})]
-    m = SHOWN.match(found[0]) if found and cell.source.startswith("show_doc") else None
-    if m:
-        link = f"{{.source}}\n[source]({m['url']})\n\n" if m["url"] else ""
-        shown = FENCE.sub("", m["rest"], count=1) if "Exported source" in following.source else m["rest"]
-        return f"{'#' * level} `{m['name']}`\n\n{link}{shown}"
+    return SHOWN.match(found[0]) if found and "show_doc(" in cell.source else None
+
+
+def section(docs, level, source):
+    "Documented names as one section: names, link, and what the code (if it is shown) does not say already."
+    names = [m["name"] for m in docs]
+    targets = "".join(f"({name.lower()})=\n" for name in names if len(names) > 1)
+    link = f"{{.source}}\n[source]({docs[0]['url']})\n\n" if docs[0]["url"] else ""
+    rest = "" if len(names) > 1 else FENCE.sub("", docs[0]["rest"], count=1) if source else docs[0]["rest"]
+    return markdown(f"{targets}{'#' * level} {', '.join(f'`{name}`' for name in names)}\n\n{link}{rest}")
 
 
 def read(text):
@@ -63,26 +71,34 @@ def read(text):
     nb, cells, level = nbformat.reads(text, as_version=4), [], 1
     nb.metadata.pop("widgets", None)          # would load scripts from the network
     front = yaml.safe_load(nb.cells[0].source.strip().strip("-"))
-    for cell, following in zip(nb.cells[1:], [*nb.cells[2:], nbformat.v4.new_raw_cell()]):
-        if cell.cell_type == "code":
-            opts = options(cell)
-            if opts.get("include") is False:
-                continue
-            if doc := show_doc(cell, following, min(level + 1, 3)):
-                cell = nbformat.v4.new_markdown_cell(doc)
-            elif opts.get("output") is False:
-                cell.outputs = []
-        if cell.cell_type == "markdown":
-            cell.source = local(BADGE.sub(r"[\1](\2){.colab}", cell.source))     # its picture is on the network
+    subtitle = f"{{.subtitle}}\n{front['description']}\n\n" if front.get("description") else ""
+    toc = contents() if front["output-file"] == "index.html" else ""
+    todo = [markdown(f"# {front['title']}\n\n{subtitle}{toc}"), *nb.cells[1:]]
+    while todo:
+        cell = todo.pop(0)
+        if cell.cell_type == "code" and (doc := shown(cell)):
+            docs, source = [doc], None
+            if todo and "Exported source" in todo[0].source:        # the code that defines the name, then its other names
+                source = todo.pop(0)
+                order = DEFINED.findall(source.source)
+                while todo and (doc := shown(todo[0])) and doc["name"] in order:
+                    docs.append(doc)
+                    todo.pop(0)
+                docs.sort(key=lambda m: order.index(m["name"]) if m["name"] in order else -1)
+            todo[:0] = [section(docs, min(level + 1, 3), source), *([source] if source else [])]
+        elif cell.source.startswith("<!-- WARNING"):                    # nbdev's own
+            continue
+        elif cell.cell_type == "markdown":
+            cell.source = local(cell.source)
             level = ([level] + [len(h) for h in HEADING.findall(FENCE.sub("", cell.source))])[-1]
-        elif cell.cell_type == "code":
+            cells.append(cell)
+        elif (opts := options(cell)).get("include") is not False:
+            cell.outputs = [] if opts.get("output") is False else cell.outputs
             hide = {False: "remove-input"}.get(opts.get("echo")) or {True: "hide-input"}.get(opts.get("code-fold"))
             caption, alt = opts.get("fig-cap"), opts.get("fig-alt") or opts.get("fig-cap")
             cell.metadata = nbformat.from_dict({"tags": [hide] if hide else [], "mystnb": {
                 "code_prompt_show": opts.get("code-summary", "Show the code"), "code_prompt_hide": "Hide the code",
                 **({"figure": {"caption": local(caption)}} if caption else {}), **({"image": {"alt": alt}} if alt else {})}})
-        cells.append(cell)
-    subtitle = f"{{.subtitle}}\n{front['description']}\n\n" if front.get("description") else ""
-    toc = contents() if front["output-file"] == "index.html" else ""
-    nb.cells = [nbformat.v4.new_markdown_cell(f"# {front['title']}\n\n{local(subtitle)}{toc}"), *cells]
+            cells.append(cell)
+    nb.cells = cells
     return nb

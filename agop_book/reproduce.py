@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Chapter', 'UsageError', 'chapters', 'Failure', 'write_report', 'reproduce', 'listing', 'main']
 
-# %% ../nbs/92_reproduce.ipynb #c98e69eb
-import argparse, ast, base64, copy, difflib, hashlib, html, json, os, re, shutil, sys, tempfile, time
+# %% ../nbs/92_reproduce.ipynb #4180588d
+import argparse, ast, base64, copy, difflib, hashlib, html, json, os, re, shutil, signal, sys, threading, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import psutil
 import agop_book
 from .figures import SCALES, out_dir, paper_table, read_record, records, scale, write_atomic, _bar, _device_name, _show
 
-# %% ../nbs/92_reproduce.ipynb #e20fb476
+# %% ../nbs/92_reproduce.ipynb #95e3ca44
 def _runs(cell):
     "Is this a code cell that is to be run?"
     return cell.cell_type == "code" and not re.search(r"^\s*#\s*\|\s*eval:\s*false", cell.source, re.M)
@@ -38,7 +38,7 @@ def _recorded(source):
             id = node.args[0] if node.args else next((k.value for k in node.keywords if k.arg == "id"), None)
             if isinstance(id, ast.Constant) and isinstance(id.value, str): yield id.value
 
-# %% ../nbs/92_reproduce.ipynb #5d32e4de
+# %% ../nbs/92_reproduce.ipynb #7187b376
 def _home(): return Path(agop_book.__file__).parent
 
 def _modules(source):
@@ -64,7 +64,7 @@ def _closure(sources):
         todo += _modules(found[name])
     return found
 
-# %% ../nbs/92_reproduce.ipynb #2cb0fb47
+# %% ../nbs/92_reproduce.ipynb #c6cdd7c6
 @dataclass(frozen=True)
 class Chapter:
     "A notebook of the book, read but not run."
@@ -93,7 +93,7 @@ class Chapter:
 class UsageError(Exception):
     "Something in the call is wrong: the message says what and what to do."
 
-# %% ../nbs/92_reproduce.ipynb #68303821
+# %% ../nbs/92_reproduce.ipynb #1e62f6c9
 def chapters(
     folder=None,   # folder with notebooks; None: the book's own
 ) -> list:
@@ -104,7 +104,7 @@ def chapters(
         if paths: return [Chapter.read(p) for p in paths]
     raise UsageError(f"no chapters in {' or '.join(map(str, places))}: install agop_book again")
 
-# %% ../nbs/92_reproduce.ipynb #b5240c14
+# %% ../nbs/92_reproduce.ipynb #401d8f96
 def _figure_state(chapter, id, out, scale=None):
     "'finished', 'other scale', 'outdated' (the chapter has changed since) or '' (not there)."
     entry = read_record(out / f"{id}.json")
@@ -124,7 +124,7 @@ def _finished(chapter, out, scale, wanted):
     if not (stamp.get("complete") and stamp.get("scale") == scale and stamp.get("fingerprint") == chapter.fingerprint): return False
     return all(_figure_state(chapter, id, out, scale) == "finished" for id in chapter.figures if id not in stamp.get("without", []))
 
-# %% ../nbs/92_reproduce.ipynb #1e7b0029
+# %% ../nbs/92_reproduce.ipynb #db79ab5d
 _BOOT = """
 import os, sys, threading, time
 parent, home = int(sys.argv.pop(1)), sys.argv.pop(1)
@@ -146,7 +146,7 @@ def _kernel(work):
         def get_kernel_spec(self, name): return KernelSpec(argv=argv, display_name="Python 3", language="python")
     return AsyncKernelManager(kernel_name="python3", kernel_spec_manager=Ours(), connection_file=str(work / "kernel.json"))
 
-# %% ../nbs/92_reproduce.ipynb #d4b60cbc
+# %% ../nbs/92_reproduce.ipynb #19c52147
 @dataclass
 class Failure:
     "Where a chapter stopped."
@@ -163,7 +163,7 @@ def _first_line(source):
 
 def _clean(text): return re.sub(r"\x1b\[[0-9;]*m", "", str(text))            # without the colours of a terminal
 
-# %% ../nbs/92_reproduce.ipynb #abdd6d24
+# %% ../nbs/92_reproduce.ipynb #bed171ab
 def _execute(nb, name, last, env, work, step):
     "Run cells up to index `last` of a notebook, in place. Returns a Failure, or None."
     from nbclient import NotebookClient
@@ -190,7 +190,7 @@ def _environment(chapter, scale, device, out, since, work):
     env.pop("AGOP_BOOK_SINCE", None)
     return env | ({"AGOP_BOOK_SINCE": str(since)} if since else {})
 
-# %% ../nbs/92_reproduce.ipynb #aeb12cb1
+# %% ../nbs/92_reproduce.ipynb #42042bc2
 def _run_chapter(chapter, wanted, scale, device, out, since=None, step=lambda: None):
     "Run a chapter (only as far as the `wanted` figures need) and save its executed copy. Returns a Failure or None."
     nb, start = copy.deepcopy(chapter.notebook), time.time()
@@ -209,7 +209,7 @@ def _run_chapter(chapter, wanted, scale, device, out, since=None, step=lambda: N
     write_atomic(out / "chapters" / chapter.path.name, nbformat.writes(nb).encode())
     return failure
 
-# %% ../nbs/92_reproduce.ipynb #7c5f6c5f
+# %% ../nbs/92_reproduce.ipynb #6a3870b6
 def _sweep_stale(out):
     "Remove temporary files and folders of processes that no longer live."
     for folder in (out, out / "chapters", out / "results"):
@@ -218,7 +218,7 @@ def _sweep_stale(out):
             if pid.isdigit() and not psutil.pid_exists(int(pid)):
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
-# %% ../nbs/92_reproduce.ipynb #e764f1b1
+# %% ../nbs/92_reproduce.ipynb #e788b8cc
 _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark"><title>agop_book: figures</title><style>
 :root { --ink: #1a1a1a; --paper: #fff; --soft: #5c5c5c; --line: #ddd; --link: #0055a4; --bad: #b00020 }
@@ -241,7 +241,7 @@ report (Science, 2024); a blank means that they report no number for it.</p>
 {% for c in chapters %}<tr><td>{% if c.link %}<a href="{{ c.link }}">{{ c.name }}</a>{% else %}{{ c.name }}{% endif %}</td><td>{{ c.title }}</td><td>{{ c.state }}</td><td>{{ c.seconds }}</td></tr>{% endfor %}
 </tbody></table></div></body></html>"""
 
-# %% ../nbs/92_reproduce.ipynb #b28faf1d
+# %% ../nbs/92_reproduce.ipynb #ed611f63
 def _inline(text):
     "Code, bold, emphasis and links of one line of Markdown as HTML; everything else is escaped."
     text = html.escape(text)
@@ -258,7 +258,7 @@ def _entry(row, old):
     return dict(id=row["id"], picture=base64.b64encode(row["png"].read_bytes()).decode(), caption=jinja2.utils.markupsafe.Markup(_inline(row["caption"])),
                 table=[(name, _show(a), _show(b)) for name, (a, b) in zip(table.index, table.values)], made="; ".join(filter(None, made)) + ".", old=old)
 
-# %% ../nbs/92_reproduce.ipynb #789b8ee8
+# %% ../nbs/92_reproduce.ipynb #da9ef377
 def write_report(
     out: Path,       # folder with the records
     book,            # its chapters, as `chapters()` gives them
@@ -281,7 +281,7 @@ def write_report(
     write_atomic(out / "report.html", page.encode())
     return out / "report.html"
 
-# %% ../nbs/92_reproduce.ipynb #99fe7cfb
+# %% ../nbs/92_reproduce.ipynb #9e947698
 def _check(figures, scale_name, device_name, out, book):
     "Scale, device and folder to use, and what to run: a list of (chapter, wanted figures or None). Raises UsageError."
     known = {id: c for c in book for id in c.figures}
@@ -298,7 +298,7 @@ def _check(figures, scale_name, device_name, out, book):
     wanted = [(c, [id for id in figures if known[id] is c] if figures else None) for c in book]
     return *use, [(c, w) for c, w in wanted if w != []]
 
-# %% ../nbs/92_reproduce.ipynb #8ce6314a
+# %% ../nbs/92_reproduce.ipynb #c08d39f2
 def reproduce(
     figures=(),      # ids of figures; none: every chapter
     *,
@@ -335,7 +335,7 @@ def _restore(environment):
     for name in os.environ.keys() - environment.keys(): del os.environ[name]
     os.environ.update(environment)
 
-# %% ../nbs/92_reproduce.ipynb #77e30b74
+# %% ../nbs/92_reproduce.ipynb #34ce6c97
 def _summary(out, book, failures, seconds):
     "Say where everything is and what failed; the exit code."
     report = write_report(out, book, failures)
@@ -345,7 +345,7 @@ def _summary(out, book, failures, seconds):
     for f in failures: print(f"FAILED: {f}", file=sys.stderr)
     return 1 if failures else 0
 
-# %% ../nbs/92_reproduce.ipynb #b6ce4128
+# %% ../nbs/92_reproduce.ipynb #799ba750
 def _parser():
     p = argparse.ArgumentParser("agop-book", description="Run the book: make its figures, list them, say which data sets are there.")
     p.add_argument("--version", action="version", version=f"agop_book {agop_book.__version__}")
@@ -377,9 +377,16 @@ def listing(
             rows.append((c.name, c.title, id, state and f"{state} ({read_record(out / f'{id}.json')['scale']})"))
     return pd.DataFrame(rows, columns=["chapter", "title", "figure", "state"])
 
-# %% ../nbs/92_reproduce.ipynb #83f229fc
+# %% ../nbs/92_reproduce.ipynb #50516a59
 def _print_table(table):
     with pd.option_context("display.max_colwidth", None, "display.width", None): print(table.to_string(index=False))
+
+def _catch():
+    "Let a polite end (SIGTERM) and a closed terminal (SIGHUP) end the run as Ctrl-C does. Only a main thread may ask for that."
+    def stop(number, frame): raise KeyboardInterrupt(number)
+    if threading.current_thread() is not threading.main_thread(): return
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_DFL: signal.signal(getattr(signal, name), stop)
 
 def main(
     argv=None,         # arguments; None: the command line's
@@ -388,6 +395,7 @@ def main(
     "The command `agop-book`."
     try: args = _parser().parse_args(argv)
     except SystemExit as stop: return stop.code or 0
+    _catch()
     try:
         if args.command == "list": _print_table(listing(args.out, chapters_in))
         elif args.command == "data":
@@ -397,7 +405,7 @@ def main(
     except UsageError as error:
         print(f"agop-book: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("\nagop-book: interrupted. Finished figures are kept: the same command goes on from there.", file=sys.stderr)
-        return 130
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     return 0

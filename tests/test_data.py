@@ -328,9 +328,17 @@ def test_caltech_leaves_out_the_background(root):
 
 
 def test_photos(root):
-    for name in ("n01_great_grey_owl", "n02_hen"): picture(root / f"photos/{name}.jpg", 100, (256, 300))
+    for name in ("n01622779_great_grey_owl", "n01514859_hen"): picture(root / f"photos/{name}.jpg", 100, (256, 300))
     d = load("photos")
-    assert d.x.shape == (2, 3, 224, 224) and d.classes == ["great grey owl", "hen"] and d.label == "2 photographs (ImageNet samples)"
+    assert d.x.shape == (2, 3, 224, 224) and d.classes == ["hen", "great grey owl"] and d.label == "2 photographs (ImageNet samples)"
+    picture(root / "photos/my_cat.jpg")
+    assert load("photos").label == "3 photographs"          # no longer ImageNet's alone
+
+
+def test_a_row_of_your_own(root, monkeypatch):
+    for k in range(10): picture(root / f"mine/{'cat' if k % 2 else 'dog'}/{k}.jpg", 10 * k)
+    monkeypatch.setitem(SETS, "mine", data.Row("my photographs", "image", data._class_folders, {"all": None}, ("mine",), held=0.2, size=32))
+    assert load("mine").x.shape == (8, 3, 32, 32) and load("mine", split="test").label == "my photographs" and "mine" in set(available().name)
 
 
 def test_texts(root):

@@ -123,8 +123,8 @@ def test_size_crops_the_centre():
 
 def test_tutorial_task_is_exact():
     np.random.seed(1717)
-    x, x_test = np.random.normal(size=(2000, 100)), np.random.normal(size=(2000, 100))
-    t = low_rank("x1*x2", n=2000, d=100, random_state=1717)
+    x, x_test = np.random.normal(size=(2000, 100)), np.random.normal(size=(10_000, 100))
+    t = low_rank()
     assert (t.x == x).all() and (t.x_test == x_test).all() and t.y.shape == (2000, 1)
     assert (t.y[:, 0] == x[:, 0] * x[:, 1]).all() and (t.y_test[:, 0] == x_test[:, 0] * x_test[:, 1]).all()
 
@@ -245,7 +245,8 @@ def test_emnist_is_upright_and_its_letters_count_from_zero(root):
     d = load("emnist/letters")
     assert (d.y == np.arange(26)).all() and d.classes[0] == "a" and np.allclose(d.x[:, 0] * 255, images.transpose(0, 2, 1), atol=1e-4)
     assert d.label == "EMNIST (letters)"
-    with pytest.raises(DataNotFound): load("emnist")                # the default is another task
+    assert load("emnist").label == "EMNIST (letters)"               # the variant of the authors' code
+    with pytest.raises(DataNotFound): load("emnist/balanced")
 
 
 def test_idx_that_is_damaged(root):

@@ -6,7 +6,7 @@
 __all__ = ['BUDGET', 'CHUNK', 'MEANS', 'AGOP', 'pullbacks', 'random_signs', 'Sketch', 'differences', 'choose_steps', 'agop',
            'matrix_power', 'top_directions', 'cosine', 'pearson']
 
-# %% ../nbs/02_agop.ipynb #14705127
+# %% ../nbs/02_agop.ipynb #1b4338c8
 import copy
 import math
 import numbers
@@ -21,11 +21,11 @@ import torch
 import torch.distributed as dist
 from sklearn.base import is_classifier
 from sklearn.utils import check_random_state
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .kernels import KernelMachine, as_tensor, blocks
 
-# %% ../nbs/02_agop.ipynb #a552d255
+# %% ../nbs/02_agop.ipynb #d5f0dd88
 class AGOP:
     """Average gradient outer product as a running sum that merges exactly (paper, Eq. 3, divided by the number of samples).
 
@@ -110,7 +110,7 @@ class AGOP:
         if not self.n: raise ValueError("the accumulator is empty; update it first.")
         return self.moments.sum(0) / (self.n * (self.probes or 1))
 
-# %% ../nbs/02_agop.ipynb #92ad78e9
+# %% ../nbs/02_agop.ipynb #10bc49f2
 BUDGET = 2**26  # bytes that one chunk of gradients, or of perturbed rows, may take
 CHUNK = 64      # at most this many outputs are pulled back together: each holds its own copy of the backward pass
 
@@ -122,17 +122,20 @@ def pullbacks(f,                      # torch callable, (b, *shape) -> (b, ...),
               chunk: int | None = None  # rows pulled back together; None: what fits BUDGET
               ):
     "Yield the rows of the Jacobian of `f` at each sample as pieces `(b, k, d)`. Leaves no gradient on parameters."
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():                # whatever mode the caller is in
         x = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
         y = _outputs(f, x)
-        seeds = None if signs is None else signs(y.detach())
-        total = y.sum(0) if seeds is None else y
-        size = max(1, min(chunk or CHUNK, BUDGET // (x.numel() * x.element_size())))
-        rows = range(y.shape[1] if seeds is None else len(seeds))[outputs]
-        for i in range(0, len(rows), size):
-            part = rows[i:i + size]
-            v = seeds[part.start:part.stop].expand(-1, *y.shape) if seeds is not None else torch.eye(len(part), y.shape[1], dtype=y.dtype, device=y.device).roll(part.start, 1)
-            yield _pull(total, x, v).reshape(len(part), len(x), -1).transpose(0, 1)
+        total = y.sum(0) if signs is None else y
+    seeds = None if signs is None else signs(y.detach())
+    size = max(1, min(chunk or CHUNK, BUDGET // (x.numel() * x.element_size())))
+    rows = range(y.shape[1] if signs is None else len(seeds))[outputs]
+    for i in range(0, len(rows), size):
+        part = rows[i:i + size]
+        with torch.inference_mode(False), torch.enable_grad():
+            if signs is None: v = torch.eye(len(part), y.shape[1], dtype=y.dtype, device=y.device).roll(part.start, 1)
+            else: v = seeds[part.start:part.stop].expand(-1, *y.shape).clone()
+            g = _pull(total, x, v)
+        yield g.reshape(len(part), len(x), -1).transpose(0, 1)
 
 
 def _pull(y, x, v):
@@ -145,7 +148,7 @@ def _pull(y, x, v):
         g = None if g[0] is None else torch.stack(g)
     return x.new_zeros(len(v), *x.shape) if g is None else g.detach()
 
-# %% ../nbs/02_agop.ipynb #bdbe9472
+# %% ../nbs/02_agop.ipynb #eac762cb
 def _outputs(f, x):
     "f(x) as `(b, c)`, or an error that says what is wrong with it."
     y = f(x)
@@ -168,7 +171,7 @@ def _check_mode(f):
             raise ValueError(f"f has {type(m).__name__} ({name or 'f itself'}) " + ("in training mode; call f.eval() first." if m.training else "without running statistics; samples depend on each other.")
                              + (" In training mode it mixes samples." if batchnorm else " In training mode it is another function at every call."))
 
-# %% ../nbs/02_agop.ipynb #4f132a93
+# %% ../nbs/02_agop.ipynb #e0561545
 def random_signs(k: int,              # probes
                  generator,           # torch.Generator on the CPU
                  fixed: bool = False  # the same signs for every sample and batch (centring), instead of fresh ones
@@ -183,7 +186,7 @@ def random_signs(k: int,              # probes
         return v
     return draw
 
-# %% ../nbs/02_agop.ipynb #448f015e
+# %% ../nbs/02_agop.ipynb #3fe68bae
 class Sketch(NamedTuple):
     "An AGOP estimated with random probes, and its standard error."
     matrix: object  # same family as x
@@ -204,7 +207,7 @@ def _error(self) -> float:
 
 AGOP.error = property(_error)
 
-# %% ../nbs/02_agop.ipynb #f4dbb9a0
+# %% ../nbs/02_agop.ipynb #a74ca13c
 def differences(f,               # numpy function (m, *shape) -> (m, ...)
                 x: np.ndarray,   # (b, *shape)
                 steps: np.ndarray  # (d,), d = prod(shape): step per feature
@@ -234,7 +237,7 @@ def _values(f, x):
     if y.ndim == 0 or len(y) != len(x): raise ValueError(f"f returned shape {y.shape} for {len(x)} samples; the first axis must be the samples.")
     return y.reshape(len(y), -1).astype(np.float64)
 
-# %% ../nbs/02_agop.ipynb #45cae659
+# %% ../nbs/02_agop.ipynb #cfbc1358
 def choose_steps(f,              # numpy function (m, *shape) -> (m, ...)
                  x: np.ndarray,  # (n, *shape), the data
                  pilot: int = 32 # rows to try steps on
@@ -252,10 +255,10 @@ def choose_steps(f,              # numpy function (m, *shape) -> (m, ...)
         changes.append(np.where(np.isfinite(change), change, np.inf))
         slopes = finer
     changes = np.array(changes)
-    good = changes <= 2 * changes.min(0) + 1e-15
+    good = changes <= 2 * changes.min(0) + 1e-24
     return scale * 4.0 ** -np.argmax(good, 0)
 
-# %% ../nbs/02_agop.ipynb #8e0149d2
+# %% ../nbs/02_agop.ipynb #11d85fc3
 def _is_array(x): return isinstance(x, (torch.Tensor, np.ndarray, pd.DataFrame, pd.Series, list, tuple))
 
 
@@ -288,12 +291,12 @@ def _batches(x, size, floating, progress):
 
 def _like(t, x, dtype=None):
     "Result `t` in the family of `x`: tensor, numpy, or pandas labelled by the columns."
-    if isinstance(x, torch.Tensor): return t.to(x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32 if x.is_floating_point() else torch.float64)
+    if isinstance(x, torch.Tensor): return t.to(x.device, x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32 if x.is_floating_point() else torch.float64)
     t = t.cpu().numpy()
     if isinstance(x, pd.DataFrame): return pd.DataFrame(t, x.columns, x.columns) if t.ndim == 2 else pd.Series(t, x.columns)
     return t.astype(np.float32) if getattr(x, "dtype", None) in (np.float16, np.float32) else t
 
-# %% ../nbs/02_agop.ipynb #2dfca4ed
+# %% ../nbs/02_agop.ipynb #e848c59a
 def _by_pullbacks(f, probes, center, random_state, chunk, together):
     _check_mode(f)
     seed = check_random_state(random_state).randint(2**31 - 1)
@@ -339,7 +342,7 @@ def _check_step(step, d):
         raise ValueError(f"step must be a positive number or {d} of them, one per feature; got {step}.")
     return np.broadcast_to(step, (d,)).copy()
 
-# %% ../nbs/02_agop.ipynb #bc00c346
+# %% ../nbs/02_agop.ipynb #ae26ae8e
 def _distributed(): return dist.is_available() and dist.is_initialized()
 
 
@@ -372,7 +375,7 @@ def _all_reduce(self):
 
 AGOP.all_reduce = _all_reduce
 
-# %% ../nbs/02_agop.ipynb #87f4cdc4
+# %% ../nbs/02_agop.ipynb #7bdced04
 MEANS = 2**28  # bytes that the mean Jacobian of a centred pass may take
 
 
@@ -398,24 +401,27 @@ def agop(f,                         # KernelMachine, torch module or function, f
     if probes is not None and how != "pullbacks": raise ValueError(f"probes={probes} is for torch functions; {type(f).__name__} is done by {how}, all outputs at once: leave probes=None.")
     if batch_size is not None and (not isinstance(batch_size, numbers.Integral) or batch_size < 1): raise ValueError(f"batch_size must be a positive integer or None, got {batch_size!r}.")
     together = reduce and _distributed()
-    total = AGOP(center=center, diag=diag, probes=probes)
+    if how == "closed_form" and _is_array(x) and not together:      # the machine streams by itself
+        t = _check(x).flatten(1)
+        return _result(machine.agop(t, center=center, diag=diag), len(t), x, f, center)
     updates = {"pullbacks": lambda: _by_pullbacks(f, probes, center, random_state, chunk, together), "closed_form": lambda: _by_closed_form(machine),
                "differences": lambda: _by_differences(f, x, step, together)}[how]()
-    first, done = 0, None
-    while True:
-        acc = copy.copy(total)
+    first, whole, acc = 0, None, AGOP(center=center, diag=diag, probes=probes)
+    while True:                                                     # one pass, unless very many outputs are centred
         for batch in _batches(x, batch_size, how == "pullbacks", progress):
             many = max(1, MEANS // (8 * batch[0].numel())) if center and not probes else None
             for jacobians in updates(batch, slice(first, many and first + many)): acc.update(jacobians)
         if together: acc.all_reduce()
-        if not acc.n: raise ValueError("x is empty: no batch came out of it.")
-        if done is not None: acc.moments += done
-        if not center or probes or len(acc.mean) < many: break
-        if iter(x) is x if not _is_array(x) else False: raise ValueError(f"more than {many} outputs are centred in several passes, and x can be iterated once only; pass a DataLoader, or probes.")
-        first, done = first + many, acc.moments
-    return _result(acc, x, f, batch)
+        if whole is None: whole = acc
+        elif acc.n: whole.moments += acc.moments
+        if not whole.n: raise ValueError("x is empty: no batch came out of it.")
+        if not center or probes or acc.mean is None or len(acc.mean) < many: break
+        if not _is_array(x) and iter(x) is x: raise ValueError(f"more than {many} outputs are centred in several passes, and x can be iterated once only; pass a DataLoader, or probes.")
+        first, acc = first + many, AGOP(center=center, diag=diag)
+    matrix = _result(whole.matrix, whole.n, x if _is_array(x) else batch, f, center)
+    return Sketch(matrix, whole.error) if probes else matrix
 
-# %% ../nbs/02_agop.ipynb #cc391908
+# %% ../nbs/02_agop.ipynb #4806d395
 def _method(f, x, method):
     "The way to differentiate f, and the kernel machine if that is what f is or carries."
     machine = f if isinstance(f, KernelMachine) else getattr(f, "machine_", None)
@@ -432,13 +438,12 @@ def _method(f, x, method):
     return "differences" if hasattr(f, "predict") or _is_array(x) and not isinstance(x, torch.Tensor) else "pullbacks", None
 
 
-def _result(acc, x, f, batch):
-    if acc.center and acc.n < 2: raise ValueError("center=True with one sample is always zero; pass more samples, or center=False.")
-    if not torch.isfinite(acc.matrix).all(): raise ValueError(f"the gradients of f = {type(f).__name__} are not finite at some sample of x; look for 0/0, log 0, sqrt at 0 or overflow.")
-    matrix = _like(acc.matrix, x if _is_array(x) else batch)
-    return Sketch(matrix, acc.error) if acc.probes else matrix
+def _result(matrix, n, x, f, center):
+    if center and n < 2: raise ValueError("center=True with one sample is always zero; pass more samples, or center=False.")
+    if not torch.isfinite(matrix).all(): raise ValueError(f"the gradients of f = {type(f).__name__} are not finite at some sample of x; look for 0/0, log 0, sqrt at 0 or overflow.")
+    return _like(matrix, x)
 
-# %% ../nbs/02_agop.ipynb #a9ca5357
+# %% ../nbs/02_agop.ipynb #7824b733
 def _matrix(A, name="A", square=True):
     "`A` as a float64 tensor, and how far rounding in its own dtype may have moved it, relative to its largest entry."
     eps = torch.finfo(A.dtype).eps if isinstance(A, torch.Tensor) and A.is_floating_point() else float(np.finfo(getattr(A, "dtype", np.float64)).eps) if getattr(getattr(A, "dtype", None), "kind", "") == "f" else 2e-16
@@ -467,7 +472,7 @@ def _like_matrix(t, A):
     if isinstance(A, pd.Series): return pd.Series(t.cpu().numpy(), A.index)
     return _like(t, A)
 
-# %% ../nbs/02_agop.ipynb #e417c822
+# %% ../nbs/02_agop.ipynb #4d145c48
 def top_directions(A,                   # (d, d) symmetric
                    k: int = 1,          # how many
                    values: bool = False # return (directions, eigenvalues)

@@ -1,0 +1,401 @@
+"The operator against brute force, across families, devices, processes and bad input."
+import math
+import os
+import subprocess
+import sys
+import warnings
+
+import hypothesis.strategies as st
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from sklearn.ensemble import RandomForestRegressor
+from sklearn.exceptions import NotFittedError
+from sklearn.linear_model import LinearRegression, LogisticRegression
+from sklearn.neighbors import KNeighborsRegressor
+from sklearn.neural_network import MLPRegressor
+from sklearn.svm import SVC, SVR
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import agop_book.agop as module
+from agop_book.agop import AGOP, Sketch, agop, cosine, matrix_power, pearson, pullbacks, top_directions
+from agop_book.kernels import NTK, KernelMachine, Laplace, Matern52
+
+f64 = torch.float64
+quick = settings(max_examples=15, deadline=None)
+
+
+def normal(*shape, seed=0, dtype=f64): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def mlp(d=6, c=3, width=16, seed=0, dtype=f64):
+    W, V = normal(d, width, seed=seed, dtype=dtype), normal(width, c, seed=seed + 1, dtype=dtype)
+    return lambda x: torch.tanh(x.flatten(1) @ W) @ V
+
+
+def brute(f, x, center=False, diag=False):
+    J = torch.func.vmap(torch.func.jacrev(lambda r: f(r[None])[0]))(x).reshape(len(x), -1, x[0].numel())
+    J = J - J.mean(0) if center else J
+    A = torch.einsum("ncd,nce->de", J, J) / len(x)
+    return A.diagonal() if diag else A
+
+
+# exact -----------------------------------------------------------------------------------------------------------------
+
+@quick
+@given(n=st.integers(2, 9), shape=st.lists(st.integers(1, 4), min_size=1, max_size=3), c=st.integers(1, 7), center=st.booleans(), diag=st.booleans(),
+       chunk=st.integers(1, 8), batch=st.integers(1, 9))
+def test_any_shape_chunk_and_batch(n, shape, c, center, diag, chunk, batch):
+    x = normal(n, *shape, seed=n)
+    f = mlp(math.prod(shape), c)
+    A = agop(f, x, center=center, diag=diag, chunk=chunk, batch_size=batch)
+    assert A.shape == ((x[0].numel(),) if diag else (x[0].numel(),) * 2)
+    assert (A - brute(f, x, center, diag)).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_outputs_of_any_shape(center):
+    x, W = normal(7, 5), normal(5, 12)
+    g = lambda x: torch.sin(x @ W)
+    assert torch.allclose(agop(lambda x: g(x).reshape(-1, 3, 2, 2), x, center=center), agop(g, x, center=center), atol=1e-12)
+    assert torch.allclose(agop(lambda x: g(x)[:, 0], x, center=center), agop(lambda x: g(x)[:, :1], x, center=center), atol=1e-12)
+
+
+def test_rotation():
+    R, x, f = torch.linalg.qr(normal(6, 6)).Q, normal(20, 6), mlp()
+    assert torch.allclose(agop(lambda x: f(x @ R.T), x), R.T @ agop(f, x @ R.T) @ R, atol=1e-11)
+
+
+def test_merge_equals_one_pass_and_large_means():
+    J = normal(60, 4, 5) + 1e7
+    spread = J - J.mean(0)
+    expected = torch.einsum("ncd,nce->de", spread, spread) / 60
+    parts = [AGOP(center=True).update(p) for p in J.split([1, 20, 9, 30])]
+    total = parts[0] + parts[1] + AGOP(center=True) + (parts[2] + parts[3])
+    assert total.n == 60 and torch.allclose(total.matrix, expected, rtol=1e-6, atol=1e-6)
+    assert torch.allclose((AGOP(center=True) + parts[1]).matrix, parts[1].matrix)
+    assert parts[0].n == 1                                        # + leaves its operands alone
+
+
+def test_centred_outputs_in_several_passes(monkeypatch):
+    monkeypatch.setattr(module, "MEANS", 8 * 6 * 2)                # two outputs a pass
+    x = normal(30, 6)
+    for c in (1, 2, 3, 4):
+        f = mlp(c=c)
+        assert torch.allclose(agop(f, x, center=True), brute(f, x, True), atol=1e-11)
+        assert torch.allclose(agop(f, DataLoader(TensorDataset(x), 7), center=True, progress=False), brute(f, x, True), atol=1e-11)
+    with pytest.raises(ValueError, match="once only"): agop(mlp(c=3), iter([x]), center=True, progress=False)
+
+
+def test_memory_does_not_grow_with_outputs():
+    sizes = []
+    x = normal(64, 64, dtype=torch.float32)
+    W = normal(64, 5000, dtype=torch.float32)
+    old = module.BUDGET
+    try:
+        module.BUDGET = 2**16
+        for g in pullbacks(lambda x: x @ W, x): sizes.append(g.numel() * 4)
+    finally: module.BUDGET = old
+    assert max(sizes) <= 2**16 and sum(sizes) == 64 * 64 * 5000 * 4
+
+
+def test_operation_that_cannot_be_batched():
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x): return 2 * x
+        @staticmethod
+        def backward(ctx, g): return torch.as_tensor(2 * g.numpy())
+    x = normal(5, 3)
+    assert torch.allclose(agop(Twice.apply, x), 4 * torch.eye(3, dtype=f64))
+
+
+def test_contexts_and_side_effects():
+    net, x = nn.Linear(4, 2).double(), normal(5, 4)
+    with torch.no_grad(): A = agop(net, x)
+    with torch.inference_mode(): B = agop(net, normal(5, 4))
+    assert torch.equal(A, B) and all(p.grad is None for p in net.parameters()) and not x.requires_grad and not A.requires_grad
+    x.requires_grad_()
+    assert torch.equal(agop(net, x), A) and x.grad is None
+
+
+# families --------------------------------------------------------------------------------------------------------------
+
+@quick
+@given(dtype=st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]), center=st.booleans(), diag=st.booleans())
+def test_dtypes(dtype, center, diag):
+    W = normal(5, 3)
+    A = agop(lambda x: torch.tanh(x @ W.to(x.dtype)), normal(40, 5).to(dtype), center=center, diag=diag)
+    assert A.dtype == (dtype if dtype in (torch.float64, torch.float32) else torch.float32)
+    expected = brute(lambda x: torch.tanh(x @ W), normal(40, 5).to(dtype).double(), center, diag)
+    assert (A.double() - expected).norm() <= {f64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}[dtype] * expected.norm()
+
+
+def test_same_family_out():
+    X, net = normal(30, 4), nn.Linear(4, 2).double()
+    frame = pd.DataFrame(X.numpy(), columns=list("abcd"))
+    A = agop(net, X)
+    assert isinstance(agop(net, X.numpy()), np.ndarray) and np.allclose(agop(net, X.numpy()), A)
+    B, D = agop(net, frame), agop(net, frame, diag=True)
+    assert list(B.columns) == list(B.index) == list(D.index) == list("abcd") and np.allclose(B, A)
+    assert agop(net, X.float().numpy()).dtype == np.float32
+    assert isinstance(agop(net, DataLoader(X, 8), progress=False), torch.Tensor)
+    assert np.allclose(agop(net, X.tolist()), A)
+    assert isinstance(matrix_power(B, 0.5), pd.DataFrame) and isinstance(top_directions(B, 2), pd.DataFrame) and isinstance(matrix_power(D, 0.5), pd.Series)
+
+
+def test_loaders_and_iterables():
+    x, f = normal(23, 6), mlp()
+    expected = brute(f, x)
+    for loader in (DataLoader(x, 5), DataLoader(TensorDataset(x, torch.zeros(23)), 5, shuffle=True), iter(x.split(4)), (b.numpy() for b in x.split(9))):
+        assert np.allclose(agop(f, loader, progress=False), expected, atol=1e-12)
+
+
+def test_pandas_reaches_the_estimator_with_names():
+    frame = pd.DataFrame(normal(40, 3).numpy(), columns=["a", "b", "c"])
+    model = LinearRegression().fit(frame, frame["a"] - 2 * frame["c"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        A = agop(model, frame)
+    assert np.allclose(A, np.outer([1, 0, -2], [1, 0, -2]), atol=1e-9)
+
+
+# probes ----------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("center,probes", [(False, 2), (False, 5), (True, 4), (True, 7)])
+def test_probes_unbiased_with_honest_error(center, probes):
+    x, f = normal(30, 6), mlp(c=20)
+    exact, runs = brute(f, x, center), [agop(f, x, center=center, probes=probes, random_state=s, batch_size=11) for s in range(150)]
+    mean = sum(r.matrix for r in runs) / len(runs)
+    true = np.mean([float((r.matrix - exact).norm() ** 2) for r in runs]) ** 0.5
+    promised = np.mean([r.error**2 for r in runs]) ** 0.5
+    assert (mean - exact).norm() < 3 * true / len(runs) ** 0.5 and 0.8 < promised / true < 1.25
+
+
+def test_probes_repeat_and_unpack():
+    x, f = normal(10, 6), mlp()
+    A, error = agop(f, x, probes=4, random_state=3)
+    again = agop(f, x, probes=4, random_state=3)
+    assert torch.equal(A, again.matrix) and error == again.error and isinstance(again, Sketch) and again.relative == pytest.approx(error / float(A.norm()))
+    one = agop(mlp(c=1), x, probes=2, center=True, random_state=0)
+    assert torch.allclose(one.matrix, brute(mlp(c=1), x, True), atol=1e-12) and one.error < 1e-12
+    assert agop(f, x, probes=4, diag=True).matrix.shape == (6,)
+
+
+# kernel machines and black boxes ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kernel", [Laplace(3.0), Matern52(4.0), NTK(2)])
+@pytest.mark.parametrize("center", [False, True])
+def test_closed_form_against_differences(kernel, center):
+    machine, x = KernelMachine(kernel, normal(30, 5), normal(30, 2, seed=1)), normal(12, 5, seed=2)
+    A = agop(machine, x, center=center)
+    assert torch.allclose(A, machine.agop(x, center=center), atol=1e-11)
+    assert torch.allclose(A, agop(machine, x, center=center, method="differences"), rtol=1e-5, atol=1e-7 * float(A.abs().max()))
+    holder = type("Fitted", (), {"machine_": machine, "predict": None})()
+    assert torch.equal(agop(holder, x, center=center), A)
+    assert torch.allclose(agop(machine, DataLoader(x, 5), center=center, progress=False), A, atol=1e-11)
+
+
+def test_smooth_black_boxes_against_autograd():
+    f, x = mlp(c=2), normal(50, 6) * torch.tensor([1e-4, 1, 1, 1e3, 1, 1], dtype=f64)
+    g = lambda a: f(torch.as_tensor(a) / torch.tensor([1e-4, 1, 1, 1e3, 1, 1], dtype=f64)).numpy()
+    t = lambda x: f(x / torch.tensor([1e-4, 1, 1, 1e3, 1, 1], dtype=f64))
+    for center in (False, True):
+        exact, ours = brute(t, x, center).numpy(), agop(g, x.numpy(), center=center)
+        size = np.sqrt(np.outer(np.diag(exact), np.diag(exact)))
+        assert (abs(ours - exact) / size).max() < 1e-6
+    images = normal(5, 1, 3, 2)
+    assert np.allclose(agop(lambda a: f(torch.as_tensor(a)).numpy(), images.numpy()), brute(f, images), rtol=1e-6, atol=1e-8)
+
+
+@pytest.fixture(scope="module")
+def table():
+    X = np.random.default_rng(0).normal(size=(300, 4))
+    return X, 2 * X[:, 0] - X[:, 1]
+
+
+@pytest.mark.parametrize("model", [LinearRegression(), SVR(C=10), MLPRegressor(max_iter=400, random_state=0), RandomForestRegressor(30, random_state=0), KNeighborsRegressor(10)])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_estimators(table, model, dtype):
+    X, y = table
+    D = np.asarray(agop(model.fit(X, y), X.astype(dtype), diag=True))
+    assert D[0] > D[1] > 5 * max(D[2], D[3])
+    assert 1.5 < D[0] < 6                                         # the true value is 4
+    if isinstance(model, LinearRegression): assert np.allclose(D, model.coef_**2, rtol=1e-6)
+
+
+def test_float32_function_needs_a_longer_step(table):
+    X, y = table
+    svr = SVR(C=10).fit(X, y)
+    rough = agop(lambda a: svr.predict(a).astype(np.float32), X)
+    assert np.allclose(rough, agop(svr, X), rtol=1e-2, atol=1e-2)
+
+
+def test_classifiers_constant_features_and_steps(table):
+    X, y = table
+    labels = np.array(["no", "yes"])[(y > 0).astype(int)]
+    logistic = LogisticRegression().fit(X, labels)
+    assert np.allclose(agop(logistic, X), np.outer(logistic.coef_, logistic.coef_), rtol=1e-6, atol=1e-9)
+    assert agop(SVC().fit(X, labels), X[:20]).shape == (4, 4)
+    constant = np.c_[X, np.full(300, 7.0), np.zeros(300)]
+    assert np.allclose(np.diag(agop(lambda a: a[:, 4] + 3 * a[:, 5], constant))[4:], [1, 9])
+    assert np.allclose(agop(lambda a: a[:, 0], X, step=0.1), np.diag([1, 0, 0, 0]))
+    assert np.allclose(agop(lambda a: a[:, 0], X, step=[0.1, 1, 1, 1]), np.diag([1, 0, 0, 0]))
+    ints = np.arange(12).reshape(6, 2)
+    assert np.allclose(agop(lambda a: a @ np.array([1.0, 2.0]), ints), [[1, 2], [2, 4]])
+    assert np.array_equal(agop(lambda a: np.zeros(len(a)), X), np.zeros((4, 4)))
+    with pytest.raises(NotFittedError): agop(SVR(), X)
+
+
+# processes -------------------------------------------------------------------------------------------------------------
+
+WORKER = """
+import sys, torch, torch.distributed as dist
+sys.path.insert(0, sys.argv[2])
+from test_agop import mlp, normal, settings_of_processes
+from agop_book.agop import agop
+dist.init_process_group("gloo")
+share = normal(41, 6).split([13, 28])[dist.get_rank()]
+found = [agop(mlp(), share, **kw) for kw in settings_of_processes()]
+own = agop(mlp(), share, reduce=False)
+if dist.get_rank() == 1: torch.save([f.matrix if hasattr(f, "matrix") else f for f in found] + [own], sys.argv[1])
+dist.destroy_process_group()
+"""
+
+
+def settings_of_processes():
+    return [{}, dict(center=True), dict(diag=True), dict(center=True, diag=True), dict(center=True, probes=3, random_state=0), dict(probes=40, random_state=0)]
+
+
+def test_two_processes_equal_one(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    here = os.path.dirname(os.path.abspath(__file__))
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([os.path.dirname(here), os.environ.get("PYTHONPATH", "")])}
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "worker.py"), str(tmp_path / "found.pt"), here],
+                         env=env, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    *found, own = torch.load(tmp_path / "found.pt", weights_only=True)
+    x = normal(41, 6)
+    for kw, A in zip(settings_of_processes()[:-1], found):
+        B = agop(mlp(), x, **kw)
+        assert (A - getattr(B, "matrix", B)).abs().max() < 1e-11, kw
+    assert (found[-1] - brute(mlp(), x)).norm() < 0.3 * brute(mlp(), x).norm()   # fresh signs differ by process: equal in expectation
+    assert torch.allclose(own, agop(mlp(), x[13:]))
+
+
+# bad input -------------------------------------------------------------------------------------------------------------
+
+x0 = normal(6, 4)
+BAD = [
+    (lambda: agop(mlp(4), torch.full((3, 4), math.nan)), ValueError, "x contains NaN"),
+    (lambda: agop(mlp(4), torch.full((3, 4), math.inf)), ValueError, "x contains NaN or inf"),
+    (lambda: agop(mlp(4), DataLoader(torch.full((3, 4), math.nan), 2), progress=False), ValueError, "batch 0 of x"),
+    (lambda: agop(mlp(4), x0[0]), ValueError, r"x\[None\]"),
+    (lambda: agop(mlp(4), x0[:0]), ValueError, "empty"),
+    (lambda: agop(mlp(4), [x0[:0]][:0]), (ValueError, TypeError), "x "),
+    (lambda: agop(mlp(4), iter([]), progress=False), ValueError, "empty"),
+    (lambda: agop(mlp(4), x0 + 0j), TypeError, "complex"),
+    (lambda: agop(mlp(4), np.array([["a", "b"]])), TypeError, "x must"),
+    (lambda: agop(mlp(4), "x"), TypeError, "got str"),
+    (lambda: agop(mlp(4), {"x": x0}), TypeError, "got dict"),
+    (lambda: agop(mlp(4), iter([{"x": x0}]), progress=False), TypeError, "batch 0 of x is a dict"),
+    (lambda: agop(mlp(4), TensorDataset(x0)), TypeError, "DataLoader"),
+    (lambda: agop(LinearRegression().fit(x0, x0[:, 0]), pd.DataFrame({"a": ["u", "v"], "b": [1, 2]})), TypeError, r"\['a'\]"),
+    (lambda: agop(mlp(4), x0.long()), TypeError, "embeddings"),
+    (lambda: agop(nn.Linear(4, 1), x0.long().numpy()), TypeError, "int64"),
+    (lambda: agop(mlp(4), x0[:1], center=True), ValueError, "one sample"),
+    (lambda: agop(lambda x: x.sum(), x0), ValueError, "first axis"),
+    (lambda: agop(lambda x: x.sum(0), x0), ValueError, "first axis"),
+    (lambda: agop(lambda x: (x,), x0), TypeError, "returned tuple"),
+    (lambda: agop(lambda x: x.argmax(1), x0), TypeError, "int64"),
+    (lambda: agop(lambda x: x + 0j, x0), TypeError, "complex"),
+    (lambda: agop(lambda x: x.detach().numpy(), x0), TypeError, "pass x as numpy"),
+    (lambda: agop(lambda x: (x - x).sqrt(), x0), ValueError, "not finite"),
+    (lambda: agop(lambda a: a.sum(), x0.numpy()), ValueError, "first axis"),
+    (lambda: agop(lambda a: np.array(["u"] * len(a)), x0.numpy()), TypeError, "real numbers"),
+    (lambda: agop(lambda a: a * np.nan, x0.numpy()), ValueError, "not finite"),
+    (lambda: agop(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), x0.float()), ValueError, r"eval\(\)"),
+    (lambda: agop(nn.BatchNorm1d(4, track_running_stats=False).eval(), x0.float()), ValueError, "running statistics"),
+    (lambda: agop(nn.Sequential(nn.Linear(4, 4), nn.Dropout()), x0.float()), ValueError, r"eval\(\)"),
+    (lambda: agop(mlp(4), x0, probes=1), ValueError, "at least 2; got 1|at least 2 .*got 1"),
+    (lambda: agop(mlp(4), x0, probes=2.5), ValueError, "2.5"),
+    (lambda: agop(LinearRegression().fit(x0, x0[:, 0]), x0, probes=4), ValueError, "probes=4"),
+    (lambda: agop(mlp(4), x0, batch_size=0), ValueError, "batch_size"),
+    (lambda: agop(mlp(4), x0, method="guess"), ValueError, "'guess'"),
+    (lambda: agop(mlp(4), x0, method="closed_form"), ValueError, "kernel machine"),
+    (lambda: agop(3, x0), TypeError, "got int"),
+    (lambda: agop(lambda a: a, x0.numpy(), step=-1.0), ValueError, "step"),
+    (lambda: agop(lambda a: a, x0.numpy(), step=[1.0, 2.0]), ValueError, "step"),
+    (lambda: agop(KernelMachine(Laplace(), x0, x0[:, :1]), x0[:, :3]), ValueError, "features"),
+    (lambda: AGOP().matrix, ValueError, "empty"),
+    (lambda: AGOP().update(torch.zeros(2, 3)), ValueError, "shape"),
+    (lambda: AGOP().update(torch.zeros(2, 3, 4)).update(torch.zeros(2, 3, 5)), ValueError, "5 features"),
+    (lambda: AGOP() + AGOP(center=True), ValueError, "differ"),
+    (lambda: matrix_power(-torch.eye(3), 0.5), ValueError, "eigenvalue -1"),
+    (lambda: matrix_power(torch.diag(torch.tensor([1.0, 0.0])), -1), ValueError, "ridge"),
+    (lambda: matrix_power(torch.ones(2, 3), 1), ValueError, "square"),
+    (lambda: matrix_power(torch.tensor([[1.0, 2.0], [0.0, 1.0]]), 1), ValueError, "symmetric"),
+    (lambda: matrix_power(torch.eye(2), math.nan), ValueError, "p must"),
+    (lambda: top_directions(torch.eye(3), 4), ValueError, "from 1 to 3"),
+    (lambda: top_directions(torch.ones(3)), ValueError, "full matrix"),
+    (lambda: cosine(torch.eye(2), torch.eye(3)), ValueError, "agree"),
+    (lambda: pearson(torch.eye(2) * math.nan, torch.eye(2)), ValueError, "A contains NaN"),
+]
+
+
+@pytest.mark.parametrize("case", range(len(BAD)))
+def test_bad_input(case):
+    call, error, words = BAD[case]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(error, match=words): call()
+
+
+def test_outputs_that_ignore_x():
+    with pytest.warns(UserWarning, match="do not depend"): A = agop(lambda x: torch.ones(len(x), 2), x0)
+    assert torch.equal(A, torch.zeros(4, 4, dtype=f64))
+    p = torch.ones(1, requires_grad=True)
+    assert torch.equal(agop(lambda x: p.expand(len(x), 1), x0), torch.zeros(4, 4, dtype=f64))
+
+
+def test_eval_modules_pass():
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 1)).eval()
+    assert agop(net, x0.float()).shape == (4, 4) and agop(net, x0).dtype == f64     # a module gets its own dtype
+
+
+# matrices --------------------------------------------------------------------------------------------------------------
+
+@quick
+@given(d=st.integers(1, 8), p=st.sampled_from([0, 0.25, 0.5, 1, 2, -0.5, -1]), seed=st.integers(0, 50))
+def test_powers(d, p, seed):
+    B = normal(d, 2 * d, seed=seed)
+    A = B @ B.T + 0.1 * torch.eye(d, dtype=f64)
+    P = matrix_power(A, p)
+    assert torch.allclose(P @ matrix_power(A, 1 - p), A, rtol=1e-8, atol=1e-8)
+    assert torch.allclose(matrix_power(A.diagonal(), p), A.diagonal() ** p)
+    assert np.allclose(matrix_power(A.numpy(), p), P) and matrix_power(A.float(), p).dtype == torch.float32
+
+
+def test_power_of_a_rounded_low_rank_matrix():
+    u = normal(200, 2, dtype=torch.float32)
+    root = matrix_power(u @ u.T, 0.5)
+    assert torch.isfinite(root).all() and torch.allclose(root @ root, u @ u.T, atol=1e-2)
+
+
+def test_directions():
+    Q = torch.linalg.qr(normal(6, 6)).Q
+    A = (Q * torch.tensor([6.0, 5, 4, 3, 2, 1], dtype=f64)) @ Q.T
+    V, w = top_directions((A + A.T) / 2, 3, values=True)
+    assert torch.allclose(w, torch.tensor([6.0, 5, 4], dtype=f64)) and V.shape == (3, 6)
+    assert torch.allclose((V @ Q[:, :3]).abs(), torch.eye(3, dtype=f64), atol=1e-12)
+    assert (V.gather(1, V.abs().argmax(1, keepdim=True)) > 0).all()
+
+
+def test_likeness():
+    a, b = normal(5, 5), normal(5, 5, seed=1)
+    assert pearson(a, b) == pytest.approx(np.corrcoef(a.flatten(), b.flatten())[0, 1]) and pearson(a, a.numpy()) == pytest.approx(1)
+    assert cosine(1e200 * a, 1e-200 * a) == pytest.approx(1)
+    with pytest.warns(UserWarning, match="A is constant"): assert math.isnan(pearson(torch.ones(3, 3) * 0.1, torch.eye(3)))
+    with pytest.warns(UserWarning, match="B is zero"): assert math.isnan(cosine(torch.eye(3), torch.zeros(3, 3)))

@@ -104,8 +104,10 @@ def test_fingerprint_follows_imported_modules(book, monkeypatch, tmp_path):
     before = [c.fingerprint for c in R.chapters(book)]
     shutil.copytree(R._home(), tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
     kernels = tmp_path / "copy/kernels.py"                          # rfm imports it, data does not
-    kernels.write_text(kernels.read_text() + "\n# changed\n")
+    kernels.write_text(kernels.read_text() + "\n# a comment\n")
     monkeypatch.setattr(R, "_home", lambda: tmp_path / "copy")
+    assert before == [c.fingerprint for c in R.chapters(book)]
+    kernels.write_text(kernels.read_text() + "changed = True\n")
     after = [c.fingerprint for c in R.chapters(book)]
     assert before[0] != after[0] and before[1] == after[1]
 

@@ -101,3 +101,10 @@ def test_colab_cells():
             assert any(badge in c.source for c in cells if c.cell_type == "markdown"), f"{path.name} lacks its Colab badge"
             assert any("#| hide" in c.source and '"google.colab" in sys.modules' in c.source and "\n    %pip install" in c.source
                        for c in cells), f"{path.name} lacks the hidden cell that installs agop_book on Colab"
+
+
+def test_readme_example(plain_env, tmp_path):
+    "The README's own lines, and the number that stands beside them."
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[1]
+    check = "\nassert abs(model.score(X_test, y_test) - 0.923) < 0.002"
+    python(code + check, cwd=tmp_path, env=plain_env | {"PYTHONPATH": str(ROOT)})

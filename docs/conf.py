@@ -26,6 +26,7 @@ nb_output_stderr = "remove"       # progress bars
 nb_merge_streams = True
 nb_render_markdown_format = "myst"
 myst_enable_extensions = ["amsmath", "attrs_block", "attrs_inline", "dollarmath"]
+highlight_language = "none"       # a fence without a language is no Python; cells say what they are
 myst_heading_anchors = 4
 myst_heading_slug_func = "reader.slug"
 

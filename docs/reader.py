@@ -70,6 +70,7 @@ def read(text):
     "The reader itself: the text of one notebook -> NotebookNode."
     nb, cells, level = nbformat.reads(text, as_version=4), [], 1
     nb.metadata.pop("widgets", None)          # would load scripts from the network
+    nb.metadata["language_info"] = {"name": "python", "pygments_lexer": "ipython3"}
     front = yaml.safe_load(nb.cells[0].source.strip().strip("-"))
     subtitle = f"{{.subtitle}}\n{front['description']}\n\n" if front.get("description") else ""
     toc = contents() if front["output-file"] == "index.html" else ""

@@ -28,6 +28,7 @@ setup(
         "vision": cfg["vision_requirements"].split(),
         "dev": cfg["dev_requirements"].split(),
     },
-    entry_points={"console_scripts": [cfg["console_scripts"]]},
+    # "nbdev" is where the site looks up which cell defines a name.
+    entry_points={"console_scripts": [cfg["console_scripts"]], "nbdev": ["agop_book=agop_book._modidx:d"]},
     zip_safe=False,
 )

@@ -7,7 +7,7 @@ __all__ = ['TILE', 'KERNELS', 'as_tensor', 'like', 'apply_metric', 'check_metric
            'Laplace', 'Gaussian', 'GeneralizedExponential', 'Matern32', 'Matern52', 'NTK', 'gradient_blocks',
            'KernelMachine']
 
-# %% ../nbs/01_kernels.ipynb #a37f038a
+# %% ../nbs/01_kernels.ipynb #08f2a7d8
 import math
 import numbers
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-# %% ../nbs/01_kernels.ipynb #af607d05
+# %% ../nbs/01_kernels.ipynb #fa25d361
 def as_tensor(x,                    # array-like, `(n, d)`
               name: str = "x",      # what to call it in an error
               ndim: int | None = 2  # number of axes wanted; None: any
@@ -46,7 +46,7 @@ def like(t: torch.Tensor,  # a result
     "`t` as a tensor if `x` is one, else as a numpy array."
     return t if isinstance(x, torch.Tensor) else t.detach().cpu().numpy()
 
-# %% ../nbs/01_kernels.ipynb #ac481bc3
+# %% ../nbs/01_kernels.ipynb #0f7abf6c
 def apply_metric(x: torch.Tensor, M) -> torch.Tensor:
     "x M for `x` `(n, d)` and `M` None (identity), `(d,)` (diagonal) or `(d, d)`."
     return x if M is None else x * M if M.ndim == 1 else x @ M
@@ -67,14 +67,14 @@ def check_metric(M, d: int, like: torch.Tensor):
         raise ValueError(f"M is not positive semi-definite: its smallest eigenvalue is {low:.3g}. Clip its eigenvalues at 0.")
     return M
 
-# %% ../nbs/01_kernels.ipynb #3fab3442
+# %% ../nbs/01_kernels.ipynb #111d2772
 def _positive(value, name, upper=math.inf):
     "Raise unless `value` is a finite number in (0, upper]."
     if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 < value <= upper or not math.isfinite(value):
         limit = "" if upper == math.inf else f" and at most {upper}"
         raise ValueError(f"{name} must be a finite number above 0{limit}, got {value!r}.")
 
-# %% ../nbs/01_kernels.ipynb #e75cd9e4
+# %% ../nbs/01_kernels.ipynb #5a8d7def
 TILE = 512  # rows and columns of a tile: its temporaries stay in cache
 
 
@@ -102,7 +102,7 @@ class Kernel:
             for cols in blocks(len(Z), 8 * TILE): out[rows, cols] = self.tile(left, right[cols])[0]
         return like(out, x)
 
-# %% ../nbs/01_kernels.ipynb #d4e3690b
+# %% ../nbs/01_kernels.ipynb #e6531957
 class Side:
     "Points `x` `(n, d)` with `xM = x M` and `sq = |x|_M^2`; slicing gives the same for a part."
 
@@ -114,7 +114,7 @@ class Side:
 
     def __getitem__(self, part): return Side(self.x[part], None, self.xM[part], self.sq[part])
 
-# %% ../nbs/01_kernels.ipynb #18087667
+# %% ../nbs/01_kernels.ipynb #3ebbfeb0
 @dataclass(frozen=True)
 class Radial(Kernel):
     "k(x, z) = phi(|x - z|_M); subclasses define `phi(r)` and `slope(r, phi)` = phi'(r)/r."
@@ -136,7 +136,7 @@ class Radial(Kernel):
         "Gradient `(m, d)` before its factor M, from P = A (coef * z) and A_coef = A @ coef."
         return P - A_coef[:, None] * side.x
 
-# %% ../nbs/01_kernels.ipynb #150ac3ab
+# %% ../nbs/01_kernels.ipynb #26b74a22
 class Laplace(Radial):
     "exp(-r / L)"
     def phi(self, r): return (r * (-1 / self.bandwidth)).exp_()
@@ -173,7 +173,7 @@ class Matern52(Radial):
     def phi(self, r): s = r * (5**0.5 / self.bandwidth); return (1 + s + s * s / 3) * torch.exp(-s)
     def slope(self, r, phi): s = r * (5**0.5 / self.bandwidth); return (1 + s) * torch.exp(-s) * (-5 / (3 * self.bandwidth**2))
 
-# %% ../nbs/01_kernels.ipynb #8561b804
+# %% ../nbs/01_kernels.ipynb #b451d737
 @dataclass(frozen=True)
 class NTK(Kernel):
     "Infinite-width neural tangent kernel of a fully connected ReLU network without biases (variance 2 per layer, 1 for the first)."
@@ -208,7 +208,7 @@ class NTK(Kernel):
 KERNELS = {"laplace": Laplace, "gaussian": Gaussian, "matern32": Matern32, "matern52": Matern52,
            "generalized_exponential": GeneralizedExponential, "ntk": NTK}
 
-# %% ../nbs/01_kernels.ipynb #dafc9d22
+# %% ../nbs/01_kernels.ipynb #2bda94c1
 def gradient_blocks(kernel, centers: Side, coef, points: Side, M, size):
     "Yields `(f, J)` for consecutive blocks of points: predictions `(b, c)` and Jacobians `(b, c, d)`."
     for rows in blocks(len(points.x), size):
@@ -224,7 +224,7 @@ def gradient_blocks(kernel, centers: Side, coef, points: Side, M, size):
         J = [kernel.complete(P[c], A_coef[:, c], f[:, c], side) for c in range(coef.shape[1])]
         yield f, apply_metric(torch.stack(J, 1), M)
 
-# %% ../nbs/01_kernels.ipynb #496012a0
+# %% ../nbs/01_kernels.ipynb #1134b956
 @dataclass(eq=False)
 class KernelMachine:
     "f(x) = sum_i coef_i k(x_i, x); tensors throughout, prediction and closed-form gradients streamed in row blocks."

@@ -6,7 +6,7 @@
 __all__ = ['SOLVERS', 'CHECKS', 'fill', 'cholesky_', 'slopes_product', 'free_memory', 'plan_memory', 'CholeskySolver', 'rounds',
            'RFMRegressor', 'RFMClassifier']
 
-# %% ../nbs/03_rfm.ipynb #93bbeac0
+# %% ../nbs/03_rfm.ipynb #d9e505cc
 import json
 import numbers
 import os
@@ -26,13 +26,13 @@ from sklearn.metrics import accuracy_score, r2_score
 from sklearn.model_selection import train_test_split
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .agop import cosine, matrix_power
 from .figures import device as pick_device
-from .kernels import KERNELS, Kernel, KernelMachine, Side, apply_metric, blocks
+from .kernels import KERNELS, Kernel, KernelMachine, Side, blocks
 
-# %% ../nbs/03_rfm.ipynb #0afe1b28
+# %% ../nbs/03_rfm.ipynb #073e68d3
 def fill(kernel: Kernel, side: Side, buf: torch.Tensor, slopes: bool = True):
     "Lower triangle of `buf` `(n, n)`: the Gram matrix of `side`. Strict upper triangle, with `slopes`: A of `kernel.tile`."
     for rows in blocks(len(buf)):
@@ -43,19 +43,21 @@ def fill(kernel: Kernel, side: Side, buf: torch.Tensor, slopes: bool = True):
                 buf[rows, cols] = K.T
                 if slopes: buf[cols, rows] = A
 
-# %% ../nbs/03_rfm.ipynb #a86337b4
+# %% ../nbs/03_rfm.ipynb #c76d0941
 def cholesky_(buf: torch.Tensor, size: int = 192) -> bool:
     "Replace the lower triangle of `buf` by its Cholesky factor; False (buffer spoilt) if it is not positive definite."
+    eye = torch.eye(size, dtype=buf.dtype, device=buf.device)
     for cols in blocks(len(buf), size):
-        panel, rest, upper = buf[cols.start:, cols], buf[cols.stop:, cols], buf[cols, cols].triu(1)
-        if cols.start: panel.addmm_(buf[cols.start:, : cols.start], buf[cols, : cols.start].T, alpha=-1)
+        upper = buf[cols, cols].triu(1)
+        if cols.start: buf[cols.start:, cols].addmm_(buf[cols.start:, : cols.start], buf[cols, : cols.start].T, alpha=-1)
         L, info = torch.linalg.cholesky_ex(buf[cols, cols])
         if info: return False
         buf[cols, cols] = L + upper
-        if len(rest): rest.copy_(torch.linalg.solve_triangular(L.T, rest, upper=True, left=False))
+        inverse = torch.linalg.solve_triangular(L, eye[: len(L), : len(L)], upper=False)
+        buf[cols.stop:, cols] = buf[cols.stop:, cols] @ inverse.T  # a product with the small inverse is faster than a triangular solve
     return True
 
-# %% ../nbs/03_rfm.ipynb #b1d50634
+# %% ../nbs/03_rfm.ipynb #bec513ae
 def slopes_product(buf: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
     "A R for the symmetric A with zero diagonal whose strict upper triangle is that of `buf`; `R` `(n, k)`."
     P = torch.zeros_like(R)
@@ -66,7 +68,7 @@ def slopes_product(buf: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
         P[rows.stop:].addmm_(far.T, R[rows])
     return P
 
-# %% ../nbs/03_rfm.ipynb #65d60abe
+# %% ../nbs/03_rfm.ipynb #562737f3
 def free_memory(device: torch.device) -> int:
     "Bytes that can still be taken on `device`, with the container's limit respected on the CPU."
     if device.type == "cuda": return torch.cuda.mem_get_info(device)[0]
@@ -87,12 +89,13 @@ def plan_memory(n: int, d: int, c: int, itemsize: int, limit: int) -> int:
                           f"About {fits:,} rows fit; pass float32 data (half the memory), fewer rows, or a larger memory_limit.")
     return need(n)
 
-# %% ../nbs/03_rfm.ipynb #af3959fa
+# %% ../nbs/03_rfm.ipynb #4614bc8c
 class CholeskySolver:
     "Dense kernel ridge regression in one `(n, n)` buffer."
 
     def __init__(self, n, d, c, like: torch.Tensor, memory_limit=None):
         plan_memory(n, d, c, like.element_size(), free_memory(like.device) if memory_limit is None else memory_limit)
+        torch.empty(31 * 2**20, dtype=torch.uint8)  # freed at once: glibc then keeps freed memory up to this size, and tiles stop paying for fresh pages
         self.buf = like.new_empty(n, n)
 
     def solve(self, kernel, side, Y, reg, slopes):
@@ -120,7 +123,7 @@ class CholeskySolver:
 
 SOLVERS = {"cholesky": CholeskySolver}
 
-# %% ../nbs/03_rfm.ipynb #26ef5513
+# %% ../nbs/03_rfm.ipynb #f8da4ea6
 def rounds(solver, kernel, X, Y, reg, n_iter, M=None, diag=False, center=True):
     "Yields `(coef, M, reg used)` for `n_iter` + 1 machines; between two, M becomes the AGOP (paper, section III.B)."
     X = X - kernel.shift(X)
@@ -131,14 +134,13 @@ def rounds(solver, kernel, X, Y, reg, n_iter, M=None, diag=False, center=True):
         if t == n_iter: return
         total = 0
         for G in solver.gradients(kernel, side, Y, coef, used):
-            J = apply_metric(G, M)
-            if center: J = J - J.mean(0)
-            total = total + (J.square().sum(0) if diag else J.T @ J)
-        M = total / len(X)
-        if not diag: M = (M + M.T) / 2
+            if center: G = G - G.mean(0)
+            total = total + (G.square().sum(0) if diag else G.T @ G)
+        if M is not None: total = total * M * M if diag else M @ total @ M  # the factor M of every gradient, once for all of them
+        M = total / len(X) if diag else (total + total.T) / (2 * len(X))
         if not torch.isfinite(M).all(): raise ValueError(f"the gradients overflow {X.dtype}: y reaches {float(Y.abs().max()):.3g}; rescale y.")
 
-# %% ../nbs/03_rfm.ipynb #db0dbf17
+# %% ../nbs/03_rfm.ipynb #ffc20a93
 CHECKS = {  # parameter: (test, what it must be)
     "bandwidth": (lambda v: _is(v, numbers.Real) and 0 < v < np.inf, "a finite number above 0, in the units of distances between rows"),
     "n_iter": (lambda v: _is(v, numbers.Integral) and v >= 0, "an integer of at least 0"),
@@ -154,7 +156,7 @@ CHECKS = {  # parameter: (test, what it must be)
 
 def _is(value, kind): return isinstance(value, kind) and not isinstance(value, (bool, np.bool_))
 
-# %% ../nbs/03_rfm.ipynb #59eea093
+# %% ../nbs/03_rfm.ipynb #a5a9d65f
 def _to_numpy(x):
     "Tensors as arrays, everything else as it is: scikit-learn validates it."
     return x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else x
@@ -166,7 +168,7 @@ def _to_family(out, x, columns=None):
     if not isinstance(x, (pd.DataFrame, pd.Series)): return out
     return pd.Series(out, x.index, name=columns if isinstance(columns, str) else None) if out.ndim == 1 else pd.DataFrame(out, x.index, columns)
 
-# %% ../nbs/03_rfm.ipynb #a95f720e
+# %% ../nbs/03_rfm.ipynb #dedc7972
 class _RFM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     "What the two estimators share; see `RFMRegressor` for the parameters."
 
@@ -288,7 +290,7 @@ class _RFM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         model._keep(machine, arrays["M"], meta["best_round"], meta["history"])
         return model
 
-# %% ../nbs/03_rfm.ipynb #b4b9eca1
+# %% ../nbs/03_rfm.ipynb #dace4a21
 class RFMRegressor(RegressorMixin, _RFM):
     """Recursive Feature Machine for regression (paper, section III.B).
 
@@ -344,7 +346,7 @@ class RFMRegressor(RegressorMixin, _RFM):
 
     def _restore(self, meta): self._targets, self._flat = meta["targets"], meta["flat"]
 
-# %% ../nbs/03_rfm.ipynb #7b2c3d27
+# %% ../nbs/03_rfm.ipynb #448f3484
 class RFMClassifier(ClassifierMixin, _RFM):
     """Recursive Feature Machine for classification: regression on one-hot targets, the largest output wins.
 

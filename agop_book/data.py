@@ -6,7 +6,7 @@
 __all__ = ['SETS', 'LOW_RANK', 'Dataset', 'SubsetError', 'Row', 'Request', 'DataNotFound', 'UnreadableData', 'cache_dir',
            'data_roots', 'read_idx', 'Task', 'read_task', 'tasks', 'load', 'available', 'LowRank', 'low_rank']
 
-# %% ../nbs/90_data.ipynb #64425883
+# %% ../nbs/90_data.ipynb #f76ce480
 import contextlib
 import difflib
 import gzip
@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
 
-# %% ../nbs/90_data.ipynb #ee6d08ab
+# %% ../nbs/90_data.ipynb #4d7c9391
 @dataclass(frozen=True, eq=False)
 class Dataset:
     "Samples, what they are called, and where they came from."
@@ -62,7 +62,7 @@ class Dataset:
         rows = _draw(np.arange(len(self)), n, random_state, self.name)
         return replace(self, x=self.x[rows], y=None if self.y is None else self.y[rows])
 
-# %% ../nbs/90_data.ipynb #f3e8cb6a
+# %% ../nbs/90_data.ipynb #765b42e6
 class SubsetError(ValueError):
     "More samples asked for than there are, or a senseless number of them."
 
@@ -73,7 +73,7 @@ def _draw(rows, n, random_state, name):
     if n > len(rows): raise SubsetError(f"n={n:,} is more than {name} has ({len(rows):,} samples): ask for fewer, or n=None for all")
     return np.random.RandomState(random_state).permutation(rows)[:n]    # its stream is frozen: the same subset with every numpy
 
-# %% ../nbs/90_data.ipynb #ad4b189d
+# %% ../nbs/90_data.ipynb #910e6dc8
 @dataclass(frozen=True)
 class Row:
     "What is known about one set."
@@ -99,7 +99,7 @@ class Row:
 
 SETS: dict[str, Row] = {}
 
-# %% ../nbs/90_data.ipynb #c6f687f4
+# %% ../nbs/90_data.ipynb #4c1c3666
 @dataclass
 class Request:
     "One call of `load`, as a reader sees it."
@@ -118,7 +118,7 @@ class Request:
             rows = rows[:cut] if self.split == "train" else rows[cut:]
         return rows if self.n is None else _draw(rows, self.n, self.random_state, f"{self.name} ({self.split})")
 
-# %% ../nbs/90_data.ipynb #86193f33
+# %% ../nbs/90_data.ipynb #09bd76bb
 def _sklearn(request):
     from sklearn import datasets
     bunch = getattr(datasets, f"load_{request.name}")()
@@ -140,7 +140,7 @@ for _name, _n in {"iris": 150, "wine": 178, "breast_cancer": 569, "diabetes": 44
     SETS[_name] = Row(f"scikit-learn {_name}", "table", _sklearn, {"all": _n}, held=0.25)
 SETS["sample_photos"] = Row("scikit-learn's two sample photographs", "image", _sample_photos, {"train": 2})
 
-# %% ../nbs/90_data.ipynb #aed7503f
+# %% ../nbs/90_data.ipynb #b6adb076
 class DataNotFound(FileNotFoundError):
     "None of the sets asked for is on this machine. The message says what was tried and what to do."
 
@@ -191,7 +191,7 @@ def _state(folder):
     if os.path.isdir(folder): return "" if os.access(folder, os.R_OK | os.X_OK) else " (no permission)"
     return " (not a folder)" if os.path.exists(folder) else " (absent)"
 
-# %% ../nbs/90_data.ipynb #d33543f0
+# %% ../nbs/90_data.ipynb #12745e1a
 def read_idx(path):
     "Array in an idx file, plain or gzipped; `UnreadableData` if the header and the content disagree."
     path = Path(path)
@@ -207,7 +207,7 @@ def read_idx(path):
         raise UnreadableData(f"{path}: its header promises {size:,} bytes for shape {shape}, the file has {len(raw):,}: get it again")
     return np.frombuffer(raw, kind, offset=head).reshape(shape)
 
-# %% ../nbs/90_data.ipynb #b7dfddf3
+# %% ../nbs/90_data.ipynb #85f2468c
 def _idx(request):
     x, y = read_idx(request.files[0][0]), read_idx(request.files[1][0])
     if x.ndim != 3 or len(x) != len(y):
@@ -224,7 +224,7 @@ _MIXED = string.digits + string.ascii_uppercase + "abdefghnqrt"
 _EMNIST = {"letters": string.ascii_lowercase, "balanced": _MIXED, "bymerge": _MIXED,
            "byclass": string.digits + string.ascii_uppercase + string.ascii_lowercase, "digits": string.digits, "mnist": string.digits}
 
-# %% ../nbs/90_data.ipynb #37745fe1
+# %% ../nbs/90_data.ipynb #ae6ad6d4
 def _idx_files(prefix, train, test, labels="idx1-ubyte"):
     return {split: tuple(f"{prefix}{part}-{kind}*" for kind in ("images-idx3-ubyte", f"labels-{labels}"))
             for split, part in (("train", train), ("test", test))}
@@ -239,7 +239,7 @@ SETS["qmnist"] = Row("QMNIST", "image", _idx, {"train": 60000, "test": 60000}, _
 SETS["emnist"] = Row("EMNIST ({task})", "image", _idx, {"train": None, "test": None}, _idx_files("emnist-{task}-", "train", "test"),
                      ("emnist", "EMNIST/raw"), torchvision="EMNIST", arguments=_TRAIN, tasks=_EMNIST)
 
-# %% ../nbs/90_data.ipynb #c9803dad
+# %% ../nbs/90_data.ipynb #7d1fa04f
 def _npz(request):
     with np.load(request.files[0][0], allow_pickle=False) as file:
         x, y = file["x" if "x" in file else "X"], file["y"]
@@ -265,7 +265,7 @@ SETS["svhn"] = Row("SVHN", "image", _mat, {"train": 73257, "test": 26032, "extra
                    {split: (f"{split}_32x32.mat",) for split in ("train", "test", "extra")}, ("", "svhn", "SVHN"), torchvision="SVHN",
                    arguments={split: {"split": split} for split in ("train", "test", "extra")})
 
-# %% ../nbs/90_data.ipynb #29687a61
+# %% ../nbs/90_data.ipynb #cf8ed6eb
 def _imagenet32(request):
     files = request.files[0]
     labels = []
@@ -284,7 +284,7 @@ SETS["imagenet32"] = Row("ImageNet32", "image", _imagenet32, {"train": 1281167, 
                          {"train": ("train_data_batch_*.npz",), "test": ("val_data.npz",)}, ("imagenet32", "Imagenet32_train", "Imagenet32_val", ""),
                          remedy="register at https://image-net.org, download the 32x32 npz batches and put them into imagenet32/")
 
-# %% ../nbs/90_data.ipynb #57b88d2d
+# %% ../nbs/90_data.ipynb #852eeaf9
 def _square(image, size):
     "Centre square of a PIL image, `size` pixels a side."
     return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
@@ -310,7 +310,7 @@ def _class_folders(request):
     picked = [files[i] for i in request.pick(len(files))]
     return np.stack([_decode(path, request.size) for path, _ in picked]), np.array([k for _, k in picked]), [folder.name for folder in folders], None
 
-# %% ../nbs/90_data.ipynb #63aa6673
+# %% ../nbs/90_data.ipynb #96e73e42
 SETS["photos"] = Row("{total} photographs", "image", _flat_folder, {}, ("*.jpg",), ("photos",), size=224,
                      remedy="put any photographs (*.jpg) into photos/")
 SETS["imagenet"] = Row("ImageNet", "image", _class_folders, {"train": 1281167, "test": 50000}, {"train": ("train",), "test": ("val",)},
@@ -319,7 +319,7 @@ SETS["imagenet"] = Row("ImageNet", "image", _class_folders, {"train": 1281167, "
 SETS["caltech101"] = Row("Caltech101", "image", _class_folders, {"all": 8677}, ("101_ObjectCategories",), ("caltech101",), held=0.25, size=224,
                          torchvision="Caltech101")
 
-# %% ../nbs/90_data.ipynb #f9811ca0
+# %% ../nbs/90_data.ipynb #c51d506f
 _VISION = 'pip install "agop_book[vision]"'
 
 
@@ -341,7 +341,7 @@ def _vision(request):
     names = getattr(data, "attr_names", None) or getattr(data, "classes", None)
     return np.stack(x), np.asarray(y, np.int64), None if names is None else [name for name in names if name], None
 
-# %% ../nbs/90_data.ipynb #1231e056
+# %% ../nbs/90_data.ipynb #893ef43a
 def _vision_row(title, of, counts, files, argument="split", size=None, extra="", **names):
     "Row of a set that torchvision reads; `names` are its words for our splits where they differ."
     arguments = _TRAIN if argument == "train" else {split: {argument: names.get(split, split)} for split in counts}
@@ -360,7 +360,7 @@ SETS["pcam"] = _vision_row("PCAM", "PCAM", {"train": 262144, "val": 32768, "test
                            {split: tuple(f"pcam/camelyonpatch_level_2_split_{part}_{xy}.h5" for xy in "xy")
                             for split, part in (("train", "train"), ("val", "valid"), ("test", "test"))}, extra="gdown h5py")
 
-# %% ../nbs/90_data.ipynb #5fcc1151
+# %% ../nbs/90_data.ipynb #76298143
 def _documents(request):
     path = request.files[0][0]
     mark = rb"<\|endoftext\|>" if request.name == "tinystories" else rb"\r?\n\r?\n"
@@ -388,7 +388,7 @@ SETS["tinystories"] = Row("TinyStories ({total:,} stories)", "text", _documents,
                           remedy="put TinyStories-train.txt from https://huggingface.co/datasets/roneneldan/TinyStories into tinystories/")
 SETS["help_topics"] = Row(f"help topics of Python {platform.python_version()}", "text", _help_topics, {}, held=0.1)
 
-# %% ../nbs/90_data.ipynb #03549956
+# %% ../nbs/90_data.ipynb #8f2955a8
 def _surnames(request):
     files = request.files[0]
     words = [[line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()] for path in files]
@@ -416,7 +416,7 @@ SETS["names"] = Row("{total:,} surnames of {classes} languages", "names", _surna
                     remedy="unpack https://download.pytorch.org/tutorial/data.zip (PyTorch's tutorial on names) so that names/English.txt exists")
 SETS["syllables"] = Row("{total:,} syllables of {classes} scripts (Unicode names)", "names", _syllables, {}, held=0.2)
 
-# %% ../nbs/90_data.ipynb #cdd0b6e7
+# %% ../nbs/90_data.ipynb #a44d00e5
 @dataclass(frozen=True, eq=False)
 class Task:
     "One of the 121 tasks with its published splits."
@@ -459,7 +459,7 @@ def _task_indices(path, lines, n):
         if bad or not words: raise _malformed(path, number, f"{bad[:1] or 'nothing'} is not an index of one of the {n} samples (0 .. {n - 1})")
     return [np.array(words, np.int64) for words in rows]
 
-# %% ../nbs/90_data.ipynb #2f57ba38
+# %% ../nbs/90_data.ipynb #0835eae2
 def read_task(folder):
     "Read one task of the 121 from its folder, checking every size that its files state."
     folder = Path(folder)
@@ -497,7 +497,7 @@ def tasks():
     folders = [] if _find(request) else sorted({path.parent for path in request.files[1]})
     return {folder.name: folder for folder in folders if (folder / f"{folder.name}.txt").exists()}
 
-# %% ../nbs/90_data.ipynb #c470bd32
+# %% ../nbs/90_data.ipynb #04c4eeee
 _STAND_IN = {"image": "digits", "table": "breast_cancer", "text": "help_topics", "names": "syllables"}
 
 
@@ -539,7 +539,7 @@ def _download(request):
     if not missing: request.source = "download"
     return missing
 
-# %% ../nbs/90_data.ipynb #7404dda0
+# %% ../nbs/90_data.ipynb #579d79b4
 def _read(request):
     row = request.row
     try: x, y, classes, columns = row.read(request)
@@ -579,7 +579,7 @@ def load(*names: str,              # sets in order of preference, such as "svhn"
     raise DataNotFound("\n".join([f"not on this machine: {', '.join(names)} (split {split!r}); searched " + report[0], *report[1:],
                                   f"or accept a set that is always there: load({', '.join(map(repr, [*names, spare]))})"]))
 
-# %% ../nbs/90_data.ipynb #bf0a48bd
+# %% ../nbs/90_data.ipynb #03819633
 def available():
     "One row per set: name, modality, published number of training samples, where it was found or `missing`, remedy. No file is opened."
     table = []
@@ -591,7 +591,7 @@ def available():
         table.append((name, row.modality, n or "", found, _remedy(name, row) if missing else ""))
     return pd.DataFrame(table, columns=["name", "modality", "n", "found", "remedy"])
 
-# %% ../nbs/90_data.ipynb #55e94cc0
+# %% ../nbs/90_data.ipynb #31f76348
 class LowRank(NamedTuple):
     "A task with a known answer: float64 arrays (n, d) and (n, 1), the coordinates that matter, the name of the task."
     x: np.ndarray

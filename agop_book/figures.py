@@ -6,7 +6,7 @@
 __all__ = ['SCALES', 'PALETTE', 'scale', 'pick', 'device', 'out_dir', 'write_atomic', 'record', 'read_record', 'records',
            'paper_table', 'gallery', 'sweep', 'style', 'show_images', 'show_matrix', 'curves']
 
-# %% ../nbs/91_figures.ipynb #5fc8ec8f
+# %% ../nbs/91_figures.ipynb #5bb5d821
 import hashlib, inspect, json, math, os, platform, re, sys, textwrap, time
 from functools import partial
 from importlib import metadata
@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-# %% ../nbs/91_figures.ipynb #edc04211
+# %% ../nbs/91_figures.ipynb #3a4985c5
 SCALES = ("quick", "book", "paper")
 
 def scale() -> str:
@@ -38,7 +38,7 @@ def pick(*,
     if paper is ...: paper = book
     return dict(quick=quick, book=book, paper=paper)[scale()]
 
-# %% ../nbs/91_figures.ipynb #009d3ce1
+# %% ../nbs/91_figures.ipynb #12df1600
 def _device_name(name=None):
     "The checked name of a device. Loads torch only where a GPU may be meant, so that the command line answers quickly."
     name = str(name or os.environ.get("AGOP_BOOK_DEVICE") or "auto")
@@ -59,7 +59,7 @@ def device(
     import torch
     return torch.device(_device_name(name))
 
-# %% ../nbs/91_figures.ipynb #44b69aae
+# %% ../nbs/91_figures.ipynb #9fb56bfd
 def out_dir() -> Path:
     "The folder for results, created if need be. Raises PermissionError when it cannot be written."
     folder = Path(os.environ.get("AGOP_BOOK_OUT") or "agop_book_out").expanduser().absolute()
@@ -73,7 +73,7 @@ def out_dir() -> Path:
                               "choose another with AGOP_BOOK_OUT (on the command line with --out)") from error
     return folder
 
-# %% ../nbs/91_figures.ipynb #34d6614e
+# %% ../nbs/91_figures.ipynb #8fe0e99d
 def write_atomic(
     path: Path,    # file to write
     data: bytes,   # its whole content
@@ -88,7 +88,7 @@ def write_atomic(
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 
-# %% ../nbs/91_figures.ipynb #d0ec7060
+# %% ../nbs/91_figures.ipynb #9c83ab37
 def _plain(value, where="measured"):
     "`value` made of dicts, lists, strings, numbers, booleans and None only."
     if isinstance(value, pd.DataFrame): value = value.to_dict("records")
@@ -107,7 +107,7 @@ def _finite(value):
     if isinstance(value, list): return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
-# %% ../nbs/91_figures.ipynb #9b127025
+# %% ../nbs/91_figures.ipynb #37583618
 def _versions():
     "Versions of Python and of the libraries that decide a result."
     found = {"python": platform.python_version()}
@@ -122,7 +122,7 @@ def _device_label():
     import torch
     return f"{name} ({torch.cuda.get_device_name(name)})"
 
-# %% ../nbs/91_figures.ipynb #ce1fcc12
+# %% ../nbs/91_figures.ipynb #7f8e52e4
 def record(
     id: str,         # name of the figure, a literal string: lower-case letters, digits and hyphens
     fig,             # matplotlib Figure or Axes
@@ -151,7 +151,7 @@ def record(
     write_atomic(folder / f"{id}.png", picture.getvalue())
     write_atomic(folder / f"{id}.json", text.encode())
 
-# %% ../nbs/91_figures.ipynb #af5aeda9
+# %% ../nbs/91_figures.ipynb #c148c1e5
 _FIELDS = ("id", "caption", "measured", "paper", "data", "scale", "device", "seed", "seconds", "versions")
 
 def read_record(
@@ -180,7 +180,7 @@ def records(
         if found: return pd.DataFrame(found)
     return pd.DataFrame(columns=[*_FIELDS, "fingerprint", "png"])
 
-# %% ../nbs/91_figures.ipynb #0bbfc04d
+# %% ../nbs/91_figures.ipynb #dd63446f
 def _flat(numbers, prefix=""):
     "Nested dicts as one dict, the names joined by ' / '."
     out = {}
@@ -200,7 +200,7 @@ def paper_table(
                          index=list(dict.fromkeys([*ours, *theirs])))
     return table.fillna("") if paper else table[["here"]]
 
-# %% ../nbs/91_figures.ipynb #dbd1e564
+# %% ../nbs/91_figures.ipynb #c6eb8c80
 def _show(value):
     "A measured value, short."
     if isinstance(value, bool) or value is None or isinstance(value, str): return "" if value is None else str(value)
@@ -228,7 +228,7 @@ def gallery(
     for entry in found.astype(object).where(found.notna(), None).to_dict("records"):
         display(Markdown(f"### {entry['id']}"), Image(data=entry["png"].read_bytes(), format="png"), Markdown(_caption(entry)))
 
-# %% ../nbs/91_figures.ipynb #d6eb7c6d
+# %% ../nbs/91_figures.ipynb #9c7e38a1
 def _source(fn):
     "What identifies the code of an experiment: the text of the function, with the arguments of a `partial`."
     if isinstance(fn, partial): return f"{_source(fn.func)} {fn.args!r} {sorted(fn.keywords.items())!r}"
@@ -247,7 +247,7 @@ def _finished(path):
         if isinstance(entry, dict) and "row" in entry and entry.get("time", 0) >= since: rows[entry.get("key")] = entry["row"]
     return rows
 
-# %% ../nbs/91_figures.ipynb #f7980e32
+# %% ../nbs/91_figures.ipynb #7bdaa49e
 class _Line:
     "A file for tqdm that shows only the last thing written, in place, as one output of a notebook."
     def __init__(self): self.handle = None
@@ -264,7 +264,7 @@ def _bar(items, **options):
     kernel = getattr(getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)(), "kernel", None)
     return tqdm(items, **({"file": _Line(), "mininterval": 1, "ncols": 90} if kernel else {}), **options)
 
-# %% ../nbs/91_figures.ipynb #9c59bbd6
+# %% ../nbs/91_figures.ipynb #0fdd27b5
 def sweep(
     name: str,       # name of the study: rows are kept in out_dir()/results/NAME-SCALE.jsonl
     fn,              # called as fn(**row); returns a dict of numbers, strings, lists
@@ -302,7 +302,7 @@ def _run_row(fn, row, key, path):
         os.fsync(f.fileno())
     return json.loads(line)["row"]                       # as a resumed run would read it
 
-# %% ../nbs/91_figures.ipynb #8dbd2c04
+# %% ../nbs/91_figures.ipynb #407c7a76
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#F0E442"]
 
 def style() -> None:
@@ -314,7 +314,7 @@ def style() -> None:
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.6,
         "axes.axisbelow": True, "lines.linewidth": 1.8, "lines.markersize": 4, "image.interpolation": "nearest"})
 
-# %% ../nbs/91_figures.ipynb #f62f7bac
+# %% ../nbs/91_figures.ipynb #5e53aa69
 def _array(values, what):
     "A finite float array from numpy, torch or lists."
     if hasattr(values, "detach"): values = values.detach().cpu()
@@ -333,7 +333,7 @@ def _pixels(image, signed):
         return image, dict(cmap="RdBu_r", vmin=-top, vmax=top) if signed else dict(cmap="gray", vmin=0, vmax=max(top, 1e-300))
     return (0.5 + image / (2 * top) if signed else image / max(top, 1.0)).transpose(1, 2, 0), {}
 
-# %% ../nbs/91_figures.ipynb #84e3c651
+# %% ../nbs/91_figures.ipynb #6ee2027b
 def show_images(
     images,        # (k, h, w), or (k, c, h, w) with c = 1 or 3; with `shape`, flat rows (k, d) such as transposed eigenvectors
     titles=None,   # one string per image
@@ -362,7 +362,7 @@ def show_images(
         if titles is not None: ax.set_title(titles[i], fontsize=8)
     return fig
 
-# %% ../nbs/91_figures.ipynb #1adb9a56
+# %% ../nbs/91_figures.ipynb #ec87aaf6
 def show_matrix(
     matrices,      # one matrix, a list of them, or a dict from titles to them; numpy, torch or DataFrame (its labels are drawn when few)
     titles=None,   # one string per matrix
@@ -389,7 +389,7 @@ def show_matrix(
             ax.set_yticks(range(a.shape[0]), matrix.index)
     return fig
 
-# %% ../nbs/91_figures.ipynb #fb4000e9
+# %% ../nbs/91_figures.ipynb #3d2c7c78
 def curves(
     df: pd.DataFrame,  # one row per run
     x: str,            # column along the horizontal axis

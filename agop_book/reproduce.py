@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Chapter', 'UsageError', 'chapters', 'Failure', 'write_report', 'reproduce', 'listing', 'main']
 
-# %% ../nbs/92_reproduce.ipynb #c3ea18da
+# %% ../nbs/92_reproduce.ipynb #63dc6c27
 import argparse, ast, base64, copy, difflib, hashlib, html, json, os, re, shutil, signal, sys, threading, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ import psutil
 import agop_book
 from .figures import SCALES, out_dir, paper_table, read_record, records, scale, write_atomic, _bar, _device_name, _show
 
-# %% ../nbs/92_reproduce.ipynb #a6447564
+# %% ../nbs/92_reproduce.ipynb #0917988d
 def _runs(cell):
     "Is this a code cell that is to be run?"
     return cell.cell_type == "code" and not re.search(r"^\s*#\s*\|\s*eval:\s*false", cell.source, re.M)
@@ -38,7 +38,7 @@ def _recorded(source):
             id = node.args[0] if node.args else next((k.value for k in node.keywords if k.arg == "id"), None)
             if isinstance(id, ast.Constant) and isinstance(id.value, str): yield id.value
 
-# %% ../nbs/92_reproduce.ipynb #fec3ff68
+# %% ../nbs/92_reproduce.ipynb #0bc8de97
 def _home(): return Path(agop_book.__file__).parent
 
 def _modules(source):
@@ -64,7 +64,7 @@ def _closure(sources):
         todo += _modules(found[name])
     return found
 
-# %% ../nbs/92_reproduce.ipynb #969f71d5
+# %% ../nbs/92_reproduce.ipynb #2df79a80
 @dataclass(frozen=True)
 class Chapter:
     "A notebook of the book, read but not run."
@@ -93,7 +93,7 @@ class Chapter:
 class UsageError(Exception):
     "Something in the call is wrong: the message says what and what to do."
 
-# %% ../nbs/92_reproduce.ipynb #718dd8ec
+# %% ../nbs/92_reproduce.ipynb #20b3b083
 def chapters(
     folder=None,   # folder with notebooks; None: the book's own
 ) -> list:
@@ -104,7 +104,7 @@ def chapters(
         if paths: return [Chapter.read(p) for p in paths]
     raise UsageError(f"no chapters in {' or '.join(map(str, places))}: install agop_book again")
 
-# %% ../nbs/92_reproduce.ipynb #2d8f74a5
+# %% ../nbs/92_reproduce.ipynb #5cb1e388
 def _figure_state(chapter, id, out, scale=None):
     "'finished', 'other scale', 'outdated' (the chapter has changed since) or '' (not there)."
     entry = read_record(out / f"{id}.json")
@@ -124,7 +124,7 @@ def _finished(chapter, out, scale, wanted):
     if not (stamp.get("complete") and stamp.get("scale") == scale and stamp.get("fingerprint") == chapter.fingerprint): return False
     return all(_figure_state(chapter, id, out, scale) == "finished" for id in chapter.figures if id not in stamp.get("without", []))
 
-# %% ../nbs/92_reproduce.ipynb #0406462c
+# %% ../nbs/92_reproduce.ipynb #95b5bc57
 _BOOT = """
 import os, sys, threading, time
 parent, home = int(sys.argv.pop(1)), sys.argv.pop(1)
@@ -146,7 +146,7 @@ def _kernel(work):
         def get_kernel_spec(self, name): return KernelSpec(argv=argv, display_name="Python 3", language="python")
     return AsyncKernelManager(kernel_name="python3", kernel_spec_manager=Ours(), connection_file=str(work / "kernel.json"))
 
-# %% ../nbs/92_reproduce.ipynb #d34e46e9
+# %% ../nbs/92_reproduce.ipynb #042a2543
 @dataclass
 class Failure:
     "Where a chapter stopped."
@@ -163,7 +163,7 @@ def _first_line(source):
 
 def _clean(text): return re.sub(r"\x1b\[[0-9;]*m", "", str(text))            # without the colours of a terminal
 
-# %% ../nbs/92_reproduce.ipynb #9d5bcaa8
+# %% ../nbs/92_reproduce.ipynb #d9747969
 def _execute(nb, name, last, env, work, step):
     "Run cells up to index `last` of a notebook, in place. Returns a Failure, or None."
     from nbclient import NotebookClient
@@ -190,7 +190,7 @@ def _environment(chapter, scale, device, out, since, work):
     env.pop("AGOP_BOOK_SINCE", None)
     return env | ({"AGOP_BOOK_SINCE": str(since)} if since else {})
 
-# %% ../nbs/92_reproduce.ipynb #5db9a928
+# %% ../nbs/92_reproduce.ipynb #da906e40
 def _run_chapter(chapter, wanted, scale, device, out, since=None, step=lambda: None):
     "Run a chapter (only as far as the `wanted` figures need) and save its executed copy. Returns a Failure or None."
     nb, start = copy.deepcopy(chapter.notebook), time.time()
@@ -209,7 +209,7 @@ def _run_chapter(chapter, wanted, scale, device, out, since=None, step=lambda: N
     write_atomic(out / "chapters" / chapter.path.name, nbformat.writes(nb).encode())
     return failure
 
-# %% ../nbs/92_reproduce.ipynb #37d1aed1
+# %% ../nbs/92_reproduce.ipynb #3b038159
 def _sweep_stale(out):
     "Remove temporary files and folders of processes that no longer live."
     for folder in (out, out / "chapters", out / "results"):
@@ -218,7 +218,7 @@ def _sweep_stale(out):
             if pid.isdigit() and not psutil.pid_exists(int(pid)):
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
-# %% ../nbs/92_reproduce.ipynb #3f6b2191
+# %% ../nbs/92_reproduce.ipynb #77832269
 _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark"><title>agop_book: figures</title><style>
 :root { --ink: #1a1a1a; --paper: #fff; --soft: #5c5c5c; --line: #ddd; --link: #0055a4; --bad: #b00020 }
@@ -241,7 +241,7 @@ report (Science, 2024); a blank means that they report no number for it.</p>
 {% for c in chapters %}<tr><td>{% if c.link %}<a href="{{ c.link }}">{{ c.name }}</a>{% else %}{{ c.name }}{% endif %}</td><td>{{ c.title }}</td><td>{{ c.state }}</td><td>{{ c.seconds }}</td></tr>{% endfor %}
 </tbody></table></div></body></html>"""
 
-# %% ../nbs/92_reproduce.ipynb #44625d2c
+# %% ../nbs/92_reproduce.ipynb #7bfeedfc
 def _inline(text):
     "Code, bold, emphasis, links and simple formulas of one line of Markdown as HTML; everything else is escaped."
     text = html.escape(text)
@@ -258,7 +258,7 @@ def _entry(row, old):
     return dict(id=row["id"], picture=base64.b64encode(row["png"].read_bytes()).decode(), caption=jinja2.utils.markupsafe.Markup(_inline(row["caption"])),
                 table=[(name, _show(a), _show(b)) for name, (a, b) in zip(table.index, table.values)], made="; ".join(filter(None, made)) + ".", old=old)
 
-# %% ../nbs/92_reproduce.ipynb #0afa4331
+# %% ../nbs/92_reproduce.ipynb #de02b5af
 def write_report(
     out: Path,       # folder with the records
     book,            # its chapters, as `chapters()` gives them
@@ -281,7 +281,7 @@ def write_report(
     write_atomic(out / "report.html", page.encode())
     return out / "report.html"
 
-# %% ../nbs/92_reproduce.ipynb #a39e7499
+# %% ../nbs/92_reproduce.ipynb #de7f1da5
 def _check(figures, scale_name, device_name, out, book):
     "Scale, device and folder to use, and what to run: a list of (chapter, wanted figures or None). Raises UsageError."
     known = {id: c for c in book for id in c.figures}
@@ -298,7 +298,7 @@ def _check(figures, scale_name, device_name, out, book):
     wanted = [(c, [id for id in figures if known[id] is c] if figures else None) for c in book]
     return *use, [(c, w) for c, w in wanted if w != []]
 
-# %% ../nbs/92_reproduce.ipynb #13b4c0aa
+# %% ../nbs/92_reproduce.ipynb #71a4c66e
 def reproduce(
     figures=(),      # ids of figures; none: every chapter
     *,
@@ -335,7 +335,7 @@ def _restore(environment):
     for name in os.environ.keys() - environment.keys(): del os.environ[name]
     os.environ.update(environment)
 
-# %% ../nbs/92_reproduce.ipynb #7b641536
+# %% ../nbs/92_reproduce.ipynb #1d4dafa8
 def _summary(out, book, failures, seconds):
     "Say where everything is and what failed; the exit code."
     report = write_report(out, book, failures)
@@ -345,7 +345,7 @@ def _summary(out, book, failures, seconds):
     for f in failures: print(f"FAILED: {f}", file=sys.stderr)
     return 1 if failures else 0
 
-# %% ../nbs/92_reproduce.ipynb #43a18098
+# %% ../nbs/92_reproduce.ipynb #5d0cd2b4
 def _parser():
     p = argparse.ArgumentParser("agop-book", description="Run the book: make its figures, list them, say which data sets are there.")
     p.add_argument("--version", action="version", version=f"agop_book {agop_book.__version__}")
@@ -377,7 +377,7 @@ def listing(
             rows.append((c.name, c.title, id, state and f"{state} ({read_record(out / f'{id}.json')['scale']})"))
     return pd.DataFrame(rows, columns=["chapter", "title", "figure", "state"])
 
-# %% ../nbs/92_reproduce.ipynb #4c13c1cf
+# %% ../nbs/92_reproduce.ipynb #c852b60b
 def _print_table(table):
     with pd.option_context("display.max_colwidth", None, "display.width", None): print(table.to_string(index=False))
 

@@ -260,6 +260,8 @@ dist.init_process_group("gloo")
 share = normal(41, 6).split([13, 28])[dist.get_rank()]
 found = [agop(mlp(), share, **kw) for kw in settings_of_processes()]
 own = agop(mlp(), share, reduce=False)
+lonely = [normal(41, 6)] if dist.get_rank() == 0 else []              # a process without samples
+found += [agop(mlp(), iter(lonely), center=c, progress=False).double() for c in (False, True)]
 if dist.get_rank() == 1: torch.save([f.matrix if hasattr(f, "matrix") else f for f in found] + [own], sys.argv[1])
 dist.destroy_process_group()
 """
@@ -276,13 +278,14 @@ def test_two_processes_equal_one(tmp_path):
     run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "worker.py"), str(tmp_path / "found.pt"), here],
                          env=env, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
-    *found, own = torch.load(tmp_path / "found.pt", weights_only=True)
+    *found, empty, empty_centred, own = torch.load(tmp_path / "found.pt", weights_only=True)
     x = normal(41, 6)
     for kw, A in zip(settings_of_processes()[:-1], found):
         B = agop(mlp(), x, **kw)
         assert (A - getattr(B, "matrix", B)).abs().max() < 1e-11, kw
     assert (found[-1] - brute(mlp(), x)).norm() < 0.3 * brute(mlp(), x).norm()   # fresh signs differ by process: equal in expectation
     assert torch.allclose(own, agop(mlp(), x[13:]))
+    assert torch.allclose(empty, brute(mlp(), x), rtol=1e-5) and torch.allclose(empty_centred, brute(mlp(), x, True), rtol=1e-5)
 
 
 # bad input -------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@
 __all__ = ['BUDGET', 'CHUNK', 'MEANS', 'AGOP', 'pullbacks', 'random_signs', 'Sketch', 'differences', 'choose_steps', 'agop',
            'matrix_power', 'top_directions', 'cosine', 'pearson']
 
-# %% ../nbs/02_agop.ipynb #119ab868
+# %% ../nbs/02_agop.ipynb #cbc51861
 import copy
 import math
 import numbers
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from .kernels import KernelMachine, as_tensor, blocks
 
-# %% ../nbs/02_agop.ipynb #bc36b06a
+# %% ../nbs/02_agop.ipynb #895c13a3
 class AGOP:
     """Average gradient outer product as a running sum that merges exactly (paper, Eq. 3, divided by the number of samples).
 
@@ -110,7 +110,7 @@ class AGOP:
         if not self.n: raise ValueError("the accumulator is empty; update it first.")
         return self.moments.sum(0) / (self.n * (self.probes or 1))
 
-# %% ../nbs/02_agop.ipynb #bbb516dd
+# %% ../nbs/02_agop.ipynb #dfb91458
 BUDGET = 2**26  # bytes that one chunk of gradients, or of perturbed rows, may take
 CHUNK = 64      # at most this many outputs are pulled back together: each holds its own copy of the backward pass
 
@@ -148,7 +148,7 @@ def _pull(y, x, v):
         g = None if g[0] is None else torch.stack(g)
     return x.new_zeros(len(v), *x.shape) if g is None else g.detach()
 
-# %% ../nbs/02_agop.ipynb #60a16209
+# %% ../nbs/02_agop.ipynb #84d5932c
 def _outputs(f, x):
     "f(x) as `(b, c)`, or an error that says what is wrong with it."
     y = f(x)
@@ -171,7 +171,7 @@ def _check_mode(f):
             raise ValueError(f"f has {type(m).__name__} ({name or 'f itself'}) " + ("in training mode; call f.eval() first." if m.training else "without running statistics; samples depend on each other.")
                              + (" In training mode it mixes samples." if batchnorm else " In training mode it is another function at every call."))
 
-# %% ../nbs/02_agop.ipynb #a45e31ec
+# %% ../nbs/02_agop.ipynb #f8f658b5
 def random_signs(k: int,              # probes
                  generator,           # torch.Generator on the CPU
                  fixed: bool = False  # the same signs for every sample and batch (centring), instead of fresh ones
@@ -186,7 +186,7 @@ def random_signs(k: int,              # probes
         return v
     return draw
 
-# %% ../nbs/02_agop.ipynb #af20772f
+# %% ../nbs/02_agop.ipynb #5cec4695
 class Sketch(NamedTuple):
     "An AGOP estimated with random probes, and its standard error."
     matrix: object  # same family as x
@@ -207,7 +207,7 @@ def _error(self) -> float:
 
 AGOP.error = property(_error)
 
-# %% ../nbs/02_agop.ipynb #66f7194a
+# %% ../nbs/02_agop.ipynb #2469b50b
 def differences(f,               # numpy function (m, *shape) -> (m, ...)
                 x: np.ndarray,   # (b, *shape)
                 steps: np.ndarray  # (d,), d = prod(shape): step per feature
@@ -237,7 +237,7 @@ def _values(f, x):
     if y.ndim == 0 or len(y) != len(x): raise ValueError(f"f returned shape {y.shape} for {len(x)} samples; the first axis must be the samples.")
     return y.reshape(len(y), -1).astype(np.float64)
 
-# %% ../nbs/02_agop.ipynb #344160a9
+# %% ../nbs/02_agop.ipynb #3b75676b
 def choose_steps(f,              # numpy function (m, *shape) -> (m, ...)
                  x: np.ndarray,  # (n, *shape), the data
                  pilot: int = 32 # rows to try steps on
@@ -258,7 +258,7 @@ def choose_steps(f,              # numpy function (m, *shape) -> (m, ...)
     good = changes <= 2 * changes.min(0) + 1e-24
     return scale * 4.0 ** -np.argmax(good, 0)
 
-# %% ../nbs/02_agop.ipynb #20eebd85
+# %% ../nbs/02_agop.ipynb #3ae62251
 def _is_array(x): return isinstance(x, (torch.Tensor, np.ndarray, pd.DataFrame, pd.Series, list, tuple))
 
 
@@ -296,7 +296,7 @@ def _like(t, x, dtype=None):
     if isinstance(x, pd.DataFrame): return pd.DataFrame(t, x.columns, x.columns) if t.ndim == 2 else pd.Series(t, x.columns)
     return t.astype(np.float32) if getattr(x, "dtype", None) in (np.float16, np.float32) else t
 
-# %% ../nbs/02_agop.ipynb #c4b403b8
+# %% ../nbs/02_agop.ipynb #f146bbea
 def _by_pullbacks(f, probes, center, random_state, chunk, together):
     _check_mode(f)
     seed = check_random_state(random_state).randint(2**31 - 1)
@@ -342,7 +342,7 @@ def _check_step(step, d):
         raise ValueError(f"step must be a positive number or {d} of them, one per feature; got {step}.")
     return np.broadcast_to(step, (d,)).copy()
 
-# %% ../nbs/02_agop.ipynb #a52f7d16
+# %% ../nbs/02_agop.ipynb #87679ae4
 def _distributed(): return dist.is_available() and dist.is_initialized()
 
 
@@ -375,7 +375,7 @@ def _all_reduce(self):
 
 AGOP.all_reduce = _all_reduce
 
-# %% ../nbs/02_agop.ipynb #a830e563
+# %% ../nbs/02_agop.ipynb #a9d7b89e
 MEANS = 2**28  # bytes that the mean Jacobian of a centred pass may take
 
 
@@ -423,7 +423,7 @@ def agop(f,                         # KernelMachine, torch module or function, f
     matrix = _result(whole.matrix, whole.n, x if _is_array(x) else batch, f, center)
     return Sketch(matrix, whole.error) if probes else matrix
 
-# %% ../nbs/02_agop.ipynb #e18f6054
+# %% ../nbs/02_agop.ipynb #30d8e8af
 def _method(f, x, method):
     "The way to differentiate f, and the kernel machine if that is what f is or carries."
     machine = f if isinstance(f, KernelMachine) else getattr(f, "machine_", None)
@@ -445,7 +445,7 @@ def _result(matrix, n, x, f, center):
     if not torch.isfinite(matrix).all(): raise ValueError(f"the gradients of f = {type(f).__name__} are not finite at some sample of x; look for 0/0, log 0, sqrt at 0 or overflow.")
     return _like(matrix, x)
 
-# %% ../nbs/02_agop.ipynb #8c21a88b
+# %% ../nbs/02_agop.ipynb #352cf361
 def _matrix(A, name="A", square=True):
     "`A` as a float64 tensor, and how far rounding in its own dtype may have moved it, relative to its largest entry."
     eps = torch.finfo(A.dtype).eps if isinstance(A, torch.Tensor) and A.is_floating_point() else float(np.finfo(getattr(A, "dtype", np.float64)).eps) if getattr(getattr(A, "dtype", None), "kind", "") == "f" else 2e-16
@@ -474,7 +474,7 @@ def _like_matrix(t, A):
     if isinstance(A, pd.Series): return pd.Series(t.cpu().numpy(), A.index)
     return _like(t, A)
 
-# %% ../nbs/02_agop.ipynb #ca309316
+# %% ../nbs/02_agop.ipynb #0e324798
 def top_directions(A,                   # (d, d) symmetric
                    k: int = 1,          # how many
                    values: bool = False # return (directions, eigenvalues)

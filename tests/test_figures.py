@@ -132,7 +132,7 @@ def test_json_comes_last(fresh, monkeypatch):
     monkeypatch.setattr(F, "write_atomic", lambda path, data: (_ for _ in ()).throw(KeyboardInterrupt) if path.suffix == ".json" else write(path, data))
     with pytest.raises(KeyboardInterrupt):
         save()
-    assert (fresh / "a-b.png").exists() and F.records().empty
+    assert (fresh / "a-b.png").exists() and F.records(fresh).empty
 
 
 @pytest.mark.parametrize("text", ['{"id": "a', "", "[]", "3", '{"id": "a-b"}', "\xff"])

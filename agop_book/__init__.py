@@ -7,15 +7,18 @@ _HOMES = {
     "Laplace": "kernels", "Gaussian": "kernels", "GeneralizedExponential": "kernels",
     "Matern32": "kernels", "Matern52": "kernels", "NTK": "kernels",
 }
+_MODULES = {*_HOMES.values(), "figures", "reproduce"}
 __all__ = list(_HOMES)
 
 
 def __getattr__(name):
-    if name not in _HOMES:
-        raise AttributeError(f"module 'agop_book' has no attribute {name!r}")
     from importlib import import_module
-    return getattr(import_module(f"agop_book.{_HOMES[name]}"), name)
+    if name in _MODULES:
+        return import_module(f"agop_book.{name}")
+    if name in _HOMES:
+        return getattr(import_module(f"agop_book.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'agop_book' has no attribute {name!r}")
 
 
 def __dir__():
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *_HOMES, *_MODULES])

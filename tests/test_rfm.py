@@ -109,6 +109,24 @@ def test_families_in_and_out(family):
         assert isinstance(out, pd.Series) and set(out) <= {"up", "down"}
 
 
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+
+
+@settings(deadline=None, max_examples=30)
+@given(n=st.integers(2, 40), d=st.integers(1, 6), c=st.integers(1, 3), n_iter=st.integers(0, 2), diag=st.booleans(), name=st.sampled_from(sorted(KERNELS)),
+       dtype=st.sampled_from([np.float64, np.float32, np.float16, np.int64, np.uint8, bool]), device=st.sampled_from(DEVICES), seed=st.integers(0, 1000))
+def test_shapes_dtypes_and_devices(n, d, c, n_iter, diag, name, dtype, device, seed):
+    rng = np.random.default_rng(seed)
+    X, Y = (rng.normal(size=(n, d)) * 3).clip(0 if dtype in (np.uint8, bool) else -9).astype(dtype), rng.normal(size=(n, c))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")     # few or equal rows may need a larger ridge
+        model = RFMRegressor(name, n_iter=n_iter, diag=diag, device=device).fit(X, Y if c > 1 else Y[:, 0])
+    f, Z = model.predict(X), model.transform(X)
+    want = np.float32 if dtype == np.float32 else np.float64
+    assert f.shape == ((n, c) if c > 1 else (n,)) and f.dtype == want and np.isfinite(f).all()
+    assert Z.shape == (n, d) and model.M_.shape == ((d,) if diag else (d, d)) and np.isfinite(Z).all() and len(model.history_) == n_iter + 1
+
+
 def test_transform_carries_the_metric():
     X, y = problem(50)
     for diag in (False, True):

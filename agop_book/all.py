@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/index.ipynb #eb0ab8a7
+# %% ../nbs/index.ipynb #f3990610
 import agop_book.agop, agop_book.data, agop_book.figures, agop_book.kernels, agop_book.rfm
 from .kernels import *
 from .agop import *
@@ -13,6 +13,6 @@ from .rfm import *
 from .data import *
 from .figures import *
 
-# %% ../nbs/index.ipynb #ca8fe618
+# %% ../nbs/index.ipynb #82839736
 _modules = [agop_book.kernels, agop_book.agop, agop_book.rfm, agop_book.data, agop_book.figures]
 __all__ = [name for module in _modules for name in module.__all__]

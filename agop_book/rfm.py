@@ -6,7 +6,7 @@
 __all__ = ['SOLVERS', 'CHECKS', 'fill', 'cholesky_', 'slopes_product', 'free_memory', 'plan_memory', 'CholeskySolver', 'rounds',
            'RFMRegressor', 'RFMClassifier']
 
-# %% ../nbs/03_rfm.ipynb #8e1f7d02
+# %% ../nbs/03_rfm.ipynb #bb9cfba1
 import json
 import numbers
 import os
@@ -32,7 +32,7 @@ from .agop import cosine, matrix_power
 from .figures import device as pick_device
 from .kernels import KERNELS, Kernel, KernelMachine, Side, blocks
 
-# %% ../nbs/03_rfm.ipynb #282313c7
+# %% ../nbs/03_rfm.ipynb #d6242470
 def fill(kernel: Kernel, side: Side, buf: torch.Tensor, slopes: bool = True):
     "Lower triangle of `buf` `(n, n)`: the Gram matrix of `side`. Strict upper triangle, with `slopes`: A of `kernel.tile`."
     for rows in blocks(len(buf)):
@@ -43,7 +43,7 @@ def fill(kernel: Kernel, side: Side, buf: torch.Tensor, slopes: bool = True):
                 buf[rows, cols] = K.T
                 if slopes: buf[cols, rows] = A
 
-# %% ../nbs/03_rfm.ipynb #081762f9
+# %% ../nbs/03_rfm.ipynb #20560a52
 def cholesky_(buf: torch.Tensor, size: int = 192) -> bool:
     "Replace the lower triangle of `buf` by its Cholesky factor; False (buffer spoilt) if it is not positive definite."
     eye = torch.eye(size, dtype=buf.dtype, device=buf.device)
@@ -57,7 +57,7 @@ def cholesky_(buf: torch.Tensor, size: int = 192) -> bool:
         buf[cols.stop:, cols] = buf[cols.stop:, cols] @ inverse.T  # a product with the small inverse is faster than a triangular solve
     return True
 
-# %% ../nbs/03_rfm.ipynb #a3c72653
+# %% ../nbs/03_rfm.ipynb #bb0c2f98
 def slopes_product(buf: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
     "A R for the symmetric A with zero diagonal whose strict upper triangle is that of `buf`; `R` `(n, k)`."
     P = torch.zeros_like(R)
@@ -68,7 +68,7 @@ def slopes_product(buf: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
         P[rows.stop:].addmm_(far.T, R[rows])
     return P
 
-# %% ../nbs/03_rfm.ipynb #834ab8ec
+# %% ../nbs/03_rfm.ipynb #651a57fb
 def free_memory(device: torch.device) -> int:
     "Bytes that can still be taken on `device`, with the container's limit respected on the CPU."
     if device.type == "cuda": return torch.cuda.mem_get_info(device)[0]
@@ -89,7 +89,7 @@ def plan_memory(n: int, d: int, c: int, itemsize: int, limit: int) -> int:
                           f"About {fits:,} rows fit; pass float32 data (half the memory), fewer rows, or a larger memory_limit.")
     return need(n)
 
-# %% ../nbs/03_rfm.ipynb #43925828
+# %% ../nbs/03_rfm.ipynb #9d51986a
 class CholeskySolver:
     "Dense kernel ridge regression in one `(n, n)` buffer."
 
@@ -123,7 +123,7 @@ class CholeskySolver:
 
 SOLVERS = {"cholesky": CholeskySolver}
 
-# %% ../nbs/03_rfm.ipynb #f26e4369
+# %% ../nbs/03_rfm.ipynb #40fb4fc9
 def rounds(solver, kernel, X, Y, reg, n_iter, M=None, diag=False, center=True):
     "Yields `(coef, M, reg used)` for `n_iter` + 1 machines; between two, M becomes the AGOP (paper, section III.B)."
     X = X - kernel.shift(X)
@@ -140,7 +140,7 @@ def rounds(solver, kernel, X, Y, reg, n_iter, M=None, diag=False, center=True):
         M = total / len(X) if diag else (total + total.T) / (2 * len(X))
         if not torch.isfinite(M).all(): raise ValueError(f"the gradients overflow {X.dtype}: y reaches {float(Y.abs().max()):.3g}; rescale y.")
 
-# %% ../nbs/03_rfm.ipynb #5e699958
+# %% ../nbs/03_rfm.ipynb #2b3e22c3
 CHECKS = {  # parameter: (test, what it must be)
     "bandwidth": (lambda v: _is(v, numbers.Real) and 0 < v < np.inf, "a finite number above 0, in the units of distances between rows"),
     "n_iter": (lambda v: _is(v, numbers.Integral) and v >= 0, "an integer of at least 0"),
@@ -156,7 +156,7 @@ CHECKS = {  # parameter: (test, what it must be)
 
 def _is(value, kind): return isinstance(value, kind) and not isinstance(value, (bool, np.bool_))
 
-# %% ../nbs/03_rfm.ipynb #d3b11e20
+# %% ../nbs/03_rfm.ipynb #feac8741
 def _to_numpy(x):
     "Tensors as arrays, everything else as it is: scikit-learn validates it."
     return x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else x
@@ -168,7 +168,7 @@ def _to_family(out, x, columns=None):
     if not isinstance(x, (pd.DataFrame, pd.Series)): return out
     return pd.Series(out, x.index, name=columns if isinstance(columns, str) else None) if out.ndim == 1 else pd.DataFrame(out, x.index, columns)
 
-# %% ../nbs/03_rfm.ipynb #deef2686
+# %% ../nbs/03_rfm.ipynb #1f0ba613
 class _RFM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     "What the two estimators share; see `RFMRegressor` for the parameters."
 
@@ -212,7 +212,9 @@ class _RFM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         state = {"best": None, "rows": [] if not done else old[1].iloc[:-1].to_dict("records")}
         try: self._run(solver, kernel, Xt, Yt, M, done, X_val, y_val, state)
         finally:
-            if state["best"] is not None: self._keep(*state["best"], state["rows"])
+            if state["best"] is not None:
+                coef, M, now, best = state["best"]
+                self._keep(KernelMachine(kernel, Xt, coef, M), now, best, state["rows"])
         return self
 
     def _run(self, solver, kernel, X, Y, M, done, X_val, y_val, state):
@@ -220,16 +222,15 @@ class _RFM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         bar = tqdm(total=max(self.n_iter - done, 0) + 1, disable=not self.verbose, desc=type(self).__name__, unit="round")
         start, last, top = time.perf_counter(), M, -np.inf
         for t, (coef, M, used) in enumerate(steps, done):
-            machine = KernelMachine(kernel, X, coef, M)
             row = {"round": t, "train_score": self._score(Y, Y - used * coef), "val_score": np.nan, "reg": used}
-            if X_val is not None: row["val_score"] = self._score(y_val, machine(torch.from_numpy(X_val).to(X)).cpu())
+            if X_val is not None: row["val_score"] = self._score(y_val, KernelMachine(kernel, X, coef, M)(torch.from_numpy(X_val).to(X)).cpu())
             ones = X.new_ones(X.shape[1])
             now, before = (ones if m is None and self.diag else torch.diag(ones) if m is None else m for m in (M, last))
             row["alignment"] = cosine(now, before) if now.any() and before.any() else np.nan
             row["effective_rank"] = float((now if self.diag else now.diagonal()).sum() ** 2 / now.square().sum())
             row["seconds"] = time.perf_counter() - start
             state["rows"].append(row)
-            if X_val is None or state["best"] is None or row["val_score"] > top: state["best"], top = (machine, now, t), row["val_score"]
+            if X_val is None or state["best"] is None or row["val_score"] > top: state["best"], top = (coef, M, now, t), row["val_score"]
             last, start = M, time.perf_counter()
             bar.update()
         bar.close()
@@ -290,7 +291,7 @@ class _RFM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         model._keep(machine, arrays["M"], meta["best_round"], meta["history"])
         return model
 
-# %% ../nbs/03_rfm.ipynb #1200f833
+# %% ../nbs/03_rfm.ipynb #f74df959
 class RFMRegressor(RegressorMixin, _RFM):
     """Recursive Feature Machine for regression (paper, section III.B).
 
@@ -346,7 +347,7 @@ class RFMRegressor(RegressorMixin, _RFM):
 
     def _restore(self, meta): self._targets, self._flat = meta["targets"], meta["flat"]
 
-# %% ../nbs/03_rfm.ipynb #32dfad8d
+# %% ../nbs/03_rfm.ipynb #062269ba
 class RFMClassifier(ClassifierMixin, _RFM):
     """Recursive Feature Machine for classification: regression on one-hot targets, the largest output wins.
 

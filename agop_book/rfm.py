@@ -6,7 +6,7 @@
 __all__ = ['SOLVERS', 'CHECKS', 'fill', 'cholesky_', 'slopes_product', 'free_memory', 'plan_memory', 'CholeskySolver', 'rounds',
            'RFMRegressor', 'RFMClassifier']
 
-# %% ../nbs/03_rfm.ipynb #bb9cfba1
+# %% ../nbs/03_rfm.ipynb #1892b835
 import json
 import numbers
 import os
@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 from .agop import cosine, matrix_power
 from .figures import device as pick_device
-from .kernels import KERNELS, Kernel, KernelMachine, Side, blocks
+from .kernels import KERNELS, Kernel, KernelMachine, Side, apply_metric, blocks
 
-# %% ../nbs/03_rfm.ipynb #d6242470
+# %% ../nbs/03_rfm.ipynb #938758ea
 def fill(kernel: Kernel, side: Side, buf: torch.Tensor, slopes: bool = True):
     "Lower triangle of `buf` `(n, n)`: the Gram matrix of `side`. Strict upper triangle, with `slopes`: A of `kernel.tile`."
     for rows in blocks(len(buf)):
@@ -43,7 +43,7 @@ def fill(kernel: Kernel, side: Side, buf: torch.Tensor, slopes: bool = True):
                 buf[rows, cols] = K.T
                 if slopes: buf[cols, rows] = A
 
-# %% ../nbs/03_rfm.ipynb #20560a52
+# %% ../nbs/03_rfm.ipynb #09c13d24
 def cholesky_(buf: torch.Tensor, size: int = 192) -> bool:
     "Replace the lower triangle of `buf` by its Cholesky factor; False (buffer spoilt) if it is not positive definite."
     eye = torch.eye(size, dtype=buf.dtype, device=buf.device)
@@ -57,7 +57,7 @@ def cholesky_(buf: torch.Tensor, size: int = 192) -> bool:
         buf[cols.stop:, cols] = buf[cols.stop:, cols] @ inverse.T  # a product with the small inverse is faster than a triangular solve
     return True
 
-# %% ../nbs/03_rfm.ipynb #bb0c2f98
+# %% ../nbs/03_rfm.ipynb #b7154a3b
 def slopes_product(buf: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
     "A R for the symmetric A with zero diagonal whose strict upper triangle is that of `buf`; `R` `(n, k)`."
     P = torch.zeros_like(R)
@@ -68,7 +68,7 @@ def slopes_product(buf: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
         P[rows.stop:].addmm_(far.T, R[rows])
     return P
 
-# %% ../nbs/03_rfm.ipynb #651a57fb
+# %% ../nbs/03_rfm.ipynb #5b3d73d6
 def free_memory(device: torch.device) -> int:
     "Bytes that can still be taken on `device`, with the container's limit respected on the CPU."
     if device.type == "cuda": return torch.cuda.mem_get_info(device)[0]
@@ -89,7 +89,7 @@ def plan_memory(n: int, d: int, c: int, itemsize: int, limit: int) -> int:
                           f"About {fits:,} rows fit; pass float32 data (half the memory), fewer rows, or a larger memory_limit.")
     return need(n)
 
-# %% ../nbs/03_rfm.ipynb #9d51986a
+# %% ../nbs/03_rfm.ipynb #1881bd48
 class CholeskySolver:
     "Dense kernel ridge regression in one `(n, n)` buffer."
 
@@ -123,7 +123,7 @@ class CholeskySolver:
 
 SOLVERS = {"cholesky": CholeskySolver}
 
-# %% ../nbs/03_rfm.ipynb #40fb4fc9
+# %% ../nbs/03_rfm.ipynb #c6dee1c5
 def rounds(solver, kernel, X, Y, reg, n_iter, M=None, diag=False, center=True):
     "Yields `(coef, M, reg used)` for `n_iter` + 1 machines; between two, M becomes the AGOP (paper, section III.B)."
     X = X - kernel.shift(X)
@@ -134,13 +134,13 @@ def rounds(solver, kernel, X, Y, reg, n_iter, M=None, diag=False, center=True):
         if t == n_iter: return
         total = 0
         for G in solver.gradients(kernel, side, Y, coef, used):
-            if center: G = G - G.mean(0)
-            total = total + (G.square().sum(0) if diag else G.T @ G)
-        if M is not None: total = total * M * M if diag else M @ total @ M  # the factor M of every gradient, once for all of them
+            J = apply_metric(G, M)  # M first: M (G^T G) M would be cheaper, but rounding can leave it with negative eigenvalues
+            if center: J = J - J.mean(0)
+            total = total + (J.square().sum(0) if diag else J.T @ J)
         M = total / len(X) if diag else (total + total.T) / (2 * len(X))
         if not torch.isfinite(M).all(): raise ValueError(f"the gradients overflow {X.dtype}: y reaches {float(Y.abs().max()):.3g}; rescale y.")
 
-# %% ../nbs/03_rfm.ipynb #2b3e22c3
+# %% ../nbs/03_rfm.ipynb #c644a7a9
 CHECKS = {  # parameter: (test, what it must be)
     "bandwidth": (lambda v: _is(v, numbers.Real) and 0 < v < np.inf, "a finite number above 0, in the units of distances between rows"),
     "n_iter": (lambda v: _is(v, numbers.Integral) and v >= 0, "an integer of at least 0"),
@@ -156,7 +156,7 @@ CHECKS = {  # parameter: (test, what it must be)
 
 def _is(value, kind): return isinstance(value, kind) and not isinstance(value, (bool, np.bool_))
 
-# %% ../nbs/03_rfm.ipynb #feac8741
+# %% ../nbs/03_rfm.ipynb #43fefef7
 def _to_numpy(x):
     "Tensors as arrays, everything else as it is: scikit-learn validates it."
     return x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else x
@@ -168,7 +168,7 @@ def _to_family(out, x, columns=None):
     if not isinstance(x, (pd.DataFrame, pd.Series)): return out
     return pd.Series(out, x.index, name=columns if isinstance(columns, str) else None) if out.ndim == 1 else pd.DataFrame(out, x.index, columns)
 
-# %% ../nbs/03_rfm.ipynb #1f0ba613
+# %% ../nbs/03_rfm.ipynb #0a6a6dfa
 class _RFM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     "What the two estimators share; see `RFMRegressor` for the parameters."
 
@@ -291,7 +291,7 @@ class _RFM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         model._keep(machine, arrays["M"], meta["best_round"], meta["history"])
         return model
 
-# %% ../nbs/03_rfm.ipynb #f74df959
+# %% ../nbs/03_rfm.ipynb #dc001a73
 class RFMRegressor(RegressorMixin, _RFM):
     """Recursive Feature Machine for regression (paper, section III.B).
 
@@ -347,7 +347,7 @@ class RFMRegressor(RegressorMixin, _RFM):
 
     def _restore(self, meta): self._targets, self._flat = meta["targets"], meta["flat"]
 
-# %% ../nbs/03_rfm.ipynb #062269ba
+# %% ../nbs/03_rfm.ipynb #dc901f6e
 class RFMClassifier(ClassifierMixin, _RFM):
     """Recursive Feature Machine for classification: regression on one-hot targets, the largest output wins.
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sklearn.base import clone
 from sklearn.datasets import load_iris
@@ -113,6 +113,7 @@ DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
 
 @settings(deadline=None, max_examples=30)
+@example(n=2, d=2, c=1, n_iter=2, diag=False, name="ntk", dtype=np.float64, device="cpu", seed=0)    # gradients almost in the null space of M
 @given(n=st.integers(2, 40), d=st.integers(1, 6), c=st.integers(1, 3), n_iter=st.integers(0, 2), diag=st.booleans(), name=st.sampled_from(sorted(KERNELS)),
        dtype=st.sampled_from([np.float64, np.float32, np.float16, np.int64, np.uint8, bool]), device=st.sampled_from(DEVICES), seed=st.integers(0, 1000))
 def test_shapes_dtypes_and_devices(n, d, c, n_iter, diag, name, dtype, device, seed):

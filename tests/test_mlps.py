@@ -1,0 +1,151 @@
+"""Training once: the same weights again, resumed or loaded, and nothing else touched."""
+import numpy as np
+import pytest
+import torch
+from skorch import NeuralNet, NeuralNetClassifier, NeuralNetRegressor
+from skorch.callbacks import LRScheduler
+from torch import nn
+
+from agop_book import mlps
+from agop_book.mlps import MLP, trained
+
+X = np.random.RandomState(0).randn(200, 8).astype(np.float32)
+Y = X[:, :3].argmax(1).astype(np.int64)
+
+
+@pytest.fixture(autouse=True)
+def out(tmp_path, monkeypatch):
+    monkeypatch.setenv("AGOP_BOOK_OUT", str(tmp_path))
+    monkeypatch.setenv("AGOP_BOOK_SCALE", "quick")
+    return tmp_path / "weights"
+
+
+class Dropped(nn.Module):
+    def __init__(self, hidden=12, dtype=None):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, hidden), nn.ReLU(), nn.Dropout(0.2), nn.Linear(hidden, 3))
+
+    def forward(self, x): return self.layers(x)
+
+
+def net(module=Dropped, kind=NeuralNetClassifier, **options):
+    schedule = LRScheduler(policy=torch.optim.lr_scheduler.CosineAnnealingLR, T_max=30, step_every="batch")
+    return kind(module, **{"criterion": nn.CrossEntropyLoss, "max_epochs": 12, "lr": 0.1, "verbose": 0, "optimizer": torch.optim.Adam, "callbacks": [schedule], **options})
+
+
+def equal(a, b): return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
+
+
+class Epochs(list):
+    "The epochs that are trained; training dies after the one set here."
+    killed_after = None
+
+
+@pytest.fixture
+def epochs(monkeypatch):
+    seen, original = Epochs(), mlps._Resume.on_epoch_end
+
+    def on_epoch_end(self, net, **kwargs):
+        self.every = 0
+        original(self, net, **kwargs)
+        seen.append(len(net.history))
+        if len(net.history) == seen.killed_after: raise ConnectionError("killed")
+
+    monkeypatch.setattr(mlps._Resume, "on_epoch_end", on_epoch_end)
+    return seen
+
+
+def test_the_second_call_loads_and_the_generators_stay(epochs):
+    torch.manual_seed(5); np.random.seed(5)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    first = trained("a", net(), X, Y)
+    assert len(epochs) == 12 and not first.module.training and not first.initial.training
+    assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all()
+    torch.manual_seed(6)
+    again = trained("a", net(device="cpu", verbose=1), torch.from_numpy(X), torch.from_numpy(Y))
+    assert len(epochs) == 12 and equal(first.module, again.module) and equal(first.initial, again.initial)
+    assert first.history.equals(again.history) and {"epoch", "train_loss", "valid_acc"} <= set(first.history)
+    assert not equal(first.module, first.initial)
+
+
+@pytest.mark.parametrize("change, named", [(dict(lr=0.2), "lr"), (dict(module__hidden=13), "module__hidden"), (dict(callbacks=[]), "callbacks")])
+def test_other_settings_train_anew_and_say_why(change, named, epochs):
+    trained("a", net(), X, Y)
+    with pytest.warns(UserWarning, match=named): trained("a", net(**change), X, Y)
+    assert len(epochs) == 24
+
+
+def test_other_data_and_seeds_train_anew(epochs):
+    trained("a", net(), X, Y)
+    with pytest.warns(UserWarning, match="x"): trained("a", net(), X + 1, Y)
+    with pytest.warns(UserWarning, match="random_state"): trained("a", net(), X + 1, Y, random_state=1)
+    assert len(epochs) == 36
+
+
+def test_resumed_training_gives_the_same_weights(epochs, out):
+    whole = trained("whole", net(), X, Y)
+    epochs.killed_after = 7
+    with pytest.raises(ConnectionError): trained("a", net(), X, Y)
+    epochs.killed_after = None
+    epochs.clear()
+    resumed = trained("a", net(), X, Y)
+    assert epochs == [8, 9, 10, 11, 12] and equal(whole.module, resumed.module)
+    assert np.allclose(whole.history["train_loss"], resumed.history["train_loss"])
+    assert [p.name for p in out.glob("a*")] == ["a-quick.safetensors"]
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "part"])
+def test_damaged_files_are_not_used(suffix, out, epochs):
+    out.mkdir()
+    (out / f"a-quick.{suffix}").write_bytes(b"cut off")
+    if suffix == "part": trained("a", net(), X, Y)
+    else:
+        with pytest.warns(UserWarning, match="cannot be read"): trained("a", net(), X, Y)
+    assert epochs == list(range(1, 13))
+
+
+def test_a_forced_run_accepts_nothing_older(epochs, monkeypatch):
+    trained("a", net(), X, Y)
+    monkeypatch.setenv("AGOP_BOOK_SINCE", "9e9")
+    trained("a", net(), X, Y)
+    assert len(epochs) == 24
+
+
+def test_half_precision_only_where_it_is_close(out):
+    trained("small", net(MLP, module__d_in=8, module__d_out=3, module__width=20), X, Y)
+    big = trained("huge", net(MLP, NeuralNetRegressor, module__d_in=8, module__d_out=1, module__width=20, criterion=nn.MSELoss, module__init_scale=1e-6, max_epochs=1, lr=1e-12), X, X[:, :1])
+    assert {p.stem: mlps.safe_open(p, "pt").get_tensor("1.weight").dtype for p in out.iterdir()} == {"small-quick": torch.float16, "huge-quick": torch.float32}
+    assert big.module[1].weight.dtype == torch.float32
+
+
+def test_dataset_without_y_and_tied_weights():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Embedding(9, 4), nn.Linear(4, 9, bias=False)
+            self.b.weight = self.a.weight
+        def forward(self, x): return {"logits": self.b(self.a(x))}
+
+    class Language(NeuralNet):
+        def get_loss(self, out, y, *args, **kwargs): return nn.functional.cross_entropy(out["logits"].transpose(1, 2), y)
+
+    tokens = torch.randint(9, (40, 6), generator=torch.Generator().manual_seed(0))
+    data = torch.utils.data.TensorDataset(tokens[:, :-1], tokens[:, 1:])
+    make = lambda: net(Tied, Language, train_split=None, max_epochs=2)
+    first, again = (trained("t", make(), data).module for _ in range(2))
+    assert again.b.weight is again.a.weight and equal(first, again)
+
+
+def test_errors_name_what_is_wrong():
+    with pytest.raises(ValueError, match="name='../x'"): trained("../x", net(), X, Y)
+    with pytest.raises(ValueError, match="net.module"): trained("a", net(Dropped()), X, Y)
+    with pytest.raises(FloatingPointError, match="'a'.*loss is.*lr"): trained("a", net(lr=1e30, optimizer=torch.optim.SGD), X, Y)
+    with pytest.raises(ValueError, match="activation='swish'"): MLP(3, activation="swish")
+
+
+def test_interruption_is_not_stored(out):
+    class Stop(mlps.Callback):
+        def on_epoch_end(self, net, **kwargs):
+            if len(net.history) == 3: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt, match="3 of 12"): trained("a", net(callbacks=[Stop()]), X, Y)
+    assert not (out / "a-quick.safetensors").exists()

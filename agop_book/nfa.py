@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROLES', 'WIDTHS', 'COUNTS', 'ROOM', 'NUMBERS', 'Tap', 'Site', 'nfa', 'summary', 'plot']
 
-# %% ../nbs/05_nfa.ipynb #a6688d04
+# %% ../nbs/05_nfa.ipynb #b3f90245
 import math
 import numbers
 import re
@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -28,7 +29,7 @@ from .agop import _check_mode, _distributed, _sum
 from .kernels import blocks
 from .rnns import explicit
 
-# %% ../nbs/05_nfa.ipynb #30fe6344
+# %% ../nbs/05_nfa.ipynb #a61a2872
 @dataclass(eq=False)
 class Tap:
     "One place where a weight acts, and the sums of outer products of the gradients seen there."
@@ -42,10 +43,10 @@ class Tap:
     sums: torch.Tensor = None      # (groups of probes, blocks, d, d), float64
 
     def open(self, groups, device):
-        "Allocate the sums on first use."
+        "Allocate the sums."
         g, rows, columns = self.weight().shape
         b, d = len(self.blocks), columns if self.inner else g * rows // len(self.blocks)
-        if self.sums is None: self.sums = torch.zeros(groups, b, d, d, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(groups, b, d, d, dtype=torch.float64, device=device)
 
     def mark(self, t):
         "Note the place of `t` in the autograd graph; give back what the network goes on with."
@@ -56,22 +57,20 @@ class Tap:
         self.bytes += t.numel() * t.element_size()
         return t
 
-    def add(self, g, groups, scale=1.0):
-        "Add the gradients `g` `(rows, ...)`; `groups` lists the rows of each group of probes."
-        g = g.movedim(self.axis, -1)
-        g = g if g.dtype == torch.float64 else g.float()
-        self.open(len(groups), g.device)
-        for h, rows in enumerate(groups):
-            z = g[rows].reshape(-1, len(self.blocks), self.sums.shape[-1]).transpose(0, 1)
-            self.sums[h] += scale * (z.transpose(1, 2) @ z)
+    def outer(self, grads):
+        "Outer products of the gradients at all uses of the weight, summed: `(blocks, d, d)`; None where nothing came back."
+        rows = [(g if g.dtype == torch.float64 else g.float()).movedim(self.axis, -1).reshape(-1, *self.sums.shape[1:3]) for g in grads if g is not None]
+        if not rows: return None
+        z = torch.cat(rows).transpose(0, 1)
+        return z.transpose(1, 2) @ z
 
-# %% ../nbs/05_nfa.ipynb #d6b4cfad
+# %% ../nbs/05_nfa.ipynb #27c4e501
 ROLES = [  # (end of the module's name, kinds that share its rows, whether each is split into heads)
     (r"(c_attn|in_proj|qkv|qkv_proj|Wqkv)$", ("query", "key", "value"), True),
     (r"(\.|^)(q|q_proj|query|q_lin|q_attn|to_q|query_proj)$", ("query",), True),
     (r"(\.|^)(k|k_proj|key|k_lin|to_k|key_proj)$", ("key",), True),
     (r"(\.|^)(v|v_proj|value|v_lin|to_v|value_proj)$", ("value",), True),
-    (r"(attn|attention|Attention)\w*\.(output\.dense|c_proj|o|o_proj|out_proj|out_lin|to_out|dense)$", ("attention-out",), False),
+    (r"(\.|^)(o_proj|out_proj|out_lin|to_out)$|(attn|attention|Attention)\w*\.(output\.dense|c_proj|o|dense)$", ("attention-out",), False),
     (r"\.(c_fc|fc1|lin1|linear1|intermediate\.dense|wi(_\d)?|up_proj|gate_proj|mlp\.0)$", ("mlp-in",), False),
     (r"\.(mlp\.c_proj|fc2|lin2|linear2|output\.dense|wo|down_proj|mlp\.3)$", ("mlp-out",), False),
 ]
@@ -91,7 +90,7 @@ def _blocks(name, module, parent, d_out, kind):
     if not heads or rows % heads: return [(k, None) for k in kinds]
     return [(k, h) for k in kinds for h in range(heads)]
 
-# %% ../nbs/05_nfa.ipynb #cc061fe1
+# %% ../nbs/05_nfa.ipynb #44a29c84
 def _weight(module):
     "() -> weight as `(g, d_out / g, d_in / g)`, read when it is needed: parametrised weights are computed anew."
     if isinstance(module, nn.modules.conv._ConvNd): return lambda: module.weight.detach().flatten(1).unflatten(0, (module.groups, -1))
@@ -107,7 +106,7 @@ def _tap(name, module, parent):
     share = _blocks(name, module, parent, g * rows, "conv" if conv else "linear")
     return Tap(name or type(module).__name__, _weight(module), share, -1 - len(module.kernel_size) if conv else -1, inner=not conv and len(share) == 1 and columns < rows)
 
-# %% ../nbs/05_nfa.ipynb #62403b7d
+# %% ../nbs/05_nfa.ipynb #e1709396
 def _open_attention(name, m):
     "Taps and a forward for nn.MultiheadAttention in which query, key and value are seen."
     stacked = lambda: m.in_proj_weight.chunk(3) if m._qkv_same_embed_dim else (m.q_proj_weight, m.k_proj_weight, m.v_proj_weight)
@@ -125,7 +124,7 @@ def _open_attention(name, m):
         return m.out_proj(out.transpose(0, 1) if turn else out), weights
     return taps, forward
 
-# %% ../nbs/05_nfa.ipynb #e8843e01
+# %% ../nbs/05_nfa.ipynb #c8602733
 @contextmanager
 def _watching(model):
     "The taps of a model, while its forward passes mark them."
@@ -161,7 +160,7 @@ def _watching(model):
         for p in wanted: p.requires_grad_(True)
         torch.backends.mha.set_fastpath_enabled(fast)
 
-# %% ../nbs/05_nfa.ipynb #5f2c72bf
+# %% ../nbs/05_nfa.ipynb #62cbe4ef
 ROOM = 2**28  # bytes of marked activations that the copies of a batch may take
 
 
@@ -211,51 +210,58 @@ def _outputs(model, batch, output):
     if not isinstance(y, torch.Tensor) or not y.is_floating_point(): raise TypeError(f"output must give a floating tensor, got {getattr(y, 'dtype', type(y).__name__)}.")
     if y.ndim and len(y) != len(_first(batch)): raise ValueError(f"the outputs have shape {tuple(y.shape)} for {len(_first(batch))} samples; the first axis must be the samples, or the output a scalar.")
     if not y.requires_grad: raise ValueError("no gradient path from the outputs back to any weight: look for detach, no_grad, argmax or numpy in the model or in output.")
-    return y.reshape(len(y), -1) if y.ndim else y
+    return y.reshape(len(y), -1) if y.ndim else y * len(_first(batch))      # a mean over samples: each counts fully
 
-# %% ../nbs/05_nfa.ipynb #cb16b0ea
-def _seeds(y, copies, start, total, generator):
-    "What each copy pulls back: an output of its own, or random signs."
-    if not y.ndim: return torch.ones_like(y), [torch.arange(1)]
-    n, c = len(y) // copies, y.shape[1]
-    live = min(copies, total - start)
-    v = torch.zeros(copies, n, c, dtype=y.dtype, device=y.device)
+# %% ../nbs/05_nfa.ipynb #5f2d89d8
+def _seeds(y, copies, start, live, generator):
+    "What each copy pulls back: an output of its own, or random signs; copies beyond `live` nothing."
+    if not y.ndim: return torch.ones_like(y)
+    v = torch.zeros(copies, len(y) // copies, y.shape[1], dtype=y.dtype, device=y.device)
     if generator is None: v[torch.arange(live), :, start + torch.arange(live)] = 1
-    else: v[:live] = (2 * torch.randint(0, 2, (live, n, c), generator=generator, dtype=torch.int8) - 1).to(v)
-    copy = torch.arange(live * n) // n + start
-    return v.reshape(y.shape), [torch.arange(live * n)] if generator is None else [(copy % 2 == h).nonzero()[:, 0] for h in range(2)]
+    else: v[:live] = (2 * torch.randint(0, 2, (live, *v.shape[1:]), generator=generator, dtype=torch.int8) - 1).to(v)
+    return v.reshape(y.shape)
 
 
-def _pull(model, taps, batch, output, probes, generator, bar, start=0, copies=None):
-    "Add to the taps what the outputs (or probes) from `start` on send back to them for one batch."
+def _repeat(batch, copies):
+    n = len(_first(batch))
+    return _each(batch, lambda t: torch.cat([t] * copies) if t.ndim and len(t) == n else t) if copies > 1 else batch
+
+
+def _copies(y, taps, total, probes):
+    "How many copies of a batch fit in ROOM; probes need two pull-backs at least."
+    return max(1, min(total // 2 if probes else total, ROOM // max(1, sum(t.bytes for t in taps)))) if y.ndim else 1
+
+
+def _pull(model, taps, batch, output, probes, generator, counts, bar, start=0, copies=None):
+    "Add to the taps what the outputs (or probes) from `start` on send back for one batch; `counts` are the samples (x probes) in each group."
     n, total = len(_first(batch)), probes
     while total is None or start < total:
         try:
             for tap in taps: tap.edges, tap.bytes = [], 0
-            with torch.inference_mode(False), torch.enable_grad():
-                y = _outputs(model, batch if copies in (None, 1) else _each(batch, lambda t: torch.cat([t] * copies) if t.ndim and len(t) == n else t), output)
+            with torch.inference_mode(False), torch.enable_grad(): y = _outputs(model, _repeat(batch, copies or 1), output)
             if not torch.isfinite(y).all(): raise ValueError(_blame(model, batch))
-            total = probes or (y.shape[1] if y.ndim else 1)
+            bar.total = total = probes or (y.shape[1] if y.ndim else 1)
             if copies is None:
-                copies = max(1, min(total, ROOM // max(1, sum(t.bytes for t in taps)))) if y.ndim else 1
+                copies = _copies(y, taps, total, probes)
                 if copies > 1: continue
-            bar.total = total
-            places = [(tap, edge) for tap in taps for edge in tap.edges]
-            half = 2.0**10 if y.dtype == torch.float16 else 1.0         # small gradients would vanish in half precision
+            half = 2.0**10 if y.dtype == torch.float16 else 1.0    # small gradients would vanish in half precision
             while start < total:
-                v, groups = _seeds(y, copies, start, total, generator)
-                grads = torch.autograd.grad(y, [edge for _, edge in places], v * half, retain_graph=start + copies < total, allow_unused=True)
-                for (tap, _), g in zip(places, grads):
-                    if g is not None: tap.add(g if y.ndim else g * n, groups if y.ndim else [slice(None)], half**-2)
-                start += copies
-                bar.update(min(copies, total - bar.n))
+                live, group = min(copies, total - start), counts.index(min(counts))
+                v = half * _seeds(y, copies, start, live, generator)
+                grads = iter(torch.autograd.grad(y, [edge for tap in taps for edge in tap.edges], v, retain_graph=start + live < total, allow_unused=True))
+                parts = [(tap, tap.outer(list(islice(grads, len(tap.edges))))) for tap in taps]     # all of them before any is added: memory may end here
+                for tap, part in parts:
+                    if part is not None: tap.sums[group].add_(part, alpha=half**-2)
+                counts[group] += n * live / (1 if probes else total)
+                start += live
+                bar.update(live)
         except (MemoryError, RuntimeError) as e:
             if not (isinstance(e, (MemoryError, torch.cuda.OutOfMemoryError)) or "allocate memory" in str(e)): raise
-            if (copies or 1) == 1 and n == 1: raise MemoryError("a single sample does not fit in memory; shorten it, or move the model to a device with more.") from e
+            if copies in (None, 1) and n == 1: raise MemoryError("a single sample does not fit in memory; shorten it, or move the model to a device with more.") from e
             warnings.warn(f"out of memory with {n} samples x {copies or 1} copies: going on with half of them.")
             if (copies or 1) > 1: copies //= 2
             else:
-                for rows in (slice(0, n // 2), slice(n // 2, n)): _pull(model, taps, _rows(batch, rows), output, probes, generator, bar, start, 1)
+                for rows in (slice(0, n // 2), slice(n // 2, n)): _pull(model, taps, _rows(batch, rows), output, probes, generator, counts, bar, start, 1)
                 return
 
 
@@ -265,13 +271,13 @@ def _blame(model, batch):
     hooks = [m.register_forward_hook(lambda m, a, out, name=name: found.append(name) if isinstance(out, torch.Tensor) and out.is_floating_point() and not torch.isfinite(out).all() else None)
              for name, m in model.named_modules() if not list(m.children())]
     try:
-        with torch.no_grad(): _tensor(model(**batch) if isinstance(batch, Mapping) else model(batch[0] if isinstance(batch, tuple) else batch))
+        with torch.inference_mode(False), torch.enable_grad(): _tensor(model(**batch) if isinstance(batch, Mapping) else model(batch[0] if isinstance(batch, tuple) else batch))
     finally:
         for h in hooks: h.remove()
     bad = [] if (t := _first(batch)) is None or not t.is_floating_point() or torch.isfinite(t).all() else ["the data"]
     return f"values that are not finite (NaN or infinite) come out of {(bad + found + ['the output'])[0]!r} first."
 
-# %% ../nbs/05_nfa.ipynb #646597e3
+# %% ../nbs/05_nfa.ipynb #23d1a5f5
 @dataclass(eq=False)
 class Site:
     "One weight `W` (one head of it) with the second moments of what flowed back to it."
@@ -298,7 +304,7 @@ class Site:
     @property
     def reached(self) -> bool: return bool(self.moments.any())
 
-# %% ../nbs/05_nfa.ipynb #f4fa6342
+# %% ../nbs/05_nfa.ipynb #8129c5e4
 def _frame(site):
     "Singular values s `(r,)`, V^T 1 `(r,)`, and the function that takes moments to K `(r, r)`."
     g, rows, columns = site.weight.shape
@@ -330,7 +336,7 @@ def _rotation(r, generator, like):
     Q, R = torch.linalg.qr(torch.randn(r, r, generator=generator, dtype=torch.float64))
     return (Q * R.diagonal().sign()).to(like)
 
-# %% ../nbs/05_nfa.ipynb #0a611e69
+# %% ../nbs/05_nfa.ipynb #a4b97d83
 def _compare(site, first, rotations, generator):
     "The numbers of one row: this site, and the same site of the initial network."
     (s, ones, reduce), n, row = _frame(site), (site.weight.shape[0] * site.weight.shape[2])**2, {}
@@ -353,7 +359,7 @@ def _compare(site, first, rotations, generator):
         row["pearson_weights"] = _ratios(dot, (s * ones).square().sum(), (other[0] * other[1]).square().sum(), s.pow(4).sum(), other[0].pow(4).sum(), n)[0]
     return row
 
-# %% ../nbs/05_nfa.ipynb #d73d2745
+# %% ../nbs/05_nfa.ipynb #2c93a178
 def _batches(data, size, weight):
     "Batches on the model's device and in its dtype."
     whole = isinstance(data, (torch.Tensor, np.ndarray, Mapping))
@@ -381,20 +387,18 @@ def _collect(model, data, output, probes, seed, batch_size, progress, reduce):
     together = reduce and _distributed()
     generator = None if probes is None else torch.Generator().manual_seed(seed + (torch.distributed.get_rank() if together else 0))
     _check_mode(model)
-    n = 0
+    counts = [0.0] * (2 if probes else 1)
     with _watching(model) as taps:
+        for tap in taps: tap.open(len(counts), weight.device)
         for batch in tqdm(_batches(data, batch_size, weight), desc="nfa: batches", disable=not progress, leave=False, delay=2):
-            with tqdm(desc="nfa: outputs", disable=not progress, leave=False, delay=2) as bar: _pull(model, taps, batch, output, probes, generator, bar)
-            n += len(_first(batch))
-        for tap in taps: tap.open(2 if probes else 1, weight.device)
+            with tqdm(desc="nfa: outputs", disable=not progress, leave=False, delay=2) as bar: _pull(model, taps, batch, output, probes, generator, counts, bar)
         if together:
-            n = int(_sum(torch.tensor(n)))
+            counts = _sum(torch.tensor(counts, dtype=torch.float64)).tolist()
             for tap in taps: tap.sums = _sum(tap.sums)
-        if not n: raise ValueError("data is empty: no batch came out of it.")
+        if not sum(counts): raise ValueError("data is empty: no batch came out of it.")
         bad = [tap.name for tap in taps if not torch.isfinite(tap.sums).all()]
         if bad: raise ValueError(f"the gradient at site {bad[-1]!r} is not finite; look behind it for 0/0, log 0, sqrt at 0 or overflow.")
-        counts = torch.tensor([len(range(h, probes, 2)) for h in range(2)] if probes else [1.0], dtype=torch.float64, device=weight.device)
-        return [Site(tap.name, kind, head, part, tap.sums[:, j] / n / counts[:, None, None], tap.inner)
+        return [Site(tap.name, kind, head, part, torch.stack([total[j] / n for total, n in zip(tap.sums, counts) if n]), tap.inner)
                 for tap in taps for j, ((kind, head), part) in enumerate(zip(tap.blocks, _shares(tap)))]
 
 
@@ -403,7 +407,7 @@ def _shares(tap):
     W = tap.weight().double()
     return [W] if len(tap.blocks) == 1 else W.reshape(len(tap.blocks), 1, -1, W.shape[2])
 
-# %% ../nbs/05_nfa.ipynb #1fb28c95
+# %% ../nbs/05_nfa.ipynb #b7acbd01
 def nfa(model: nn.Module,          # in eval mode; samples must not influence each other
         data,                      # tensor, array or dict of them (samples first), or a loader of such batches; of a tuple the first element goes to the model
         *,
@@ -442,7 +446,7 @@ def nfa(model: nn.Module,          # in eval mode; samples must not influence ea
 
 NUMBERS = ["pearson", "cosine", "pearson_init", "cosine_init", "pearson_weights", "pearson_forced", "error"]
 
-# %% ../nbs/05_nfa.ipynb #1f468290
+# %% ../nbs/05_nfa.ipynb #f4c37346
 def summary(table: pd.DataFrame,   # what `nfa` returns
             by: str = "kind"
             ) -> pd.DataFrame:     # one row per kind, and one for all: number of sites, mean and lowest pearson, mean of the controls

@@ -1,6 +1,8 @@
 """What the tests of the whole book share: a scratch copy of it, and an environment without the caller's settings."""
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,3 +30,18 @@ def plain_env():
     "The environment of a reader who has set nothing: quick scale, no data folder."
     ours = ("AGOP_BOOK_", "IN_TEST", "QUARTO_")
     return {key: value for key, value in os.environ.items() if not key.startswith(ours)}
+
+
+@pytest.fixture
+def two_processes(tmp_path):
+    "two_processes(code): run `code` under torchrun with two gloo processes; it finds this folder in sys.argv[2] and stores what it found at sys.argv[1], whose path comes back."
+    def run(code):
+        here = os.path.dirname(os.path.abspath(__file__))
+        worker, found = tmp_path / "worker.py", tmp_path / "found.pt"
+        worker.write_text(code)
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(worker), str(found), here],
+                              env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return found
+    return run

@@ -271,14 +271,8 @@ def settings_of_processes():
     return [{}, dict(center=True), dict(diag=True), dict(center=True, diag=True), dict(center=True, probes=3, random_state=0), dict(probes=40, random_state=0)]
 
 
-def test_two_processes_equal_one(tmp_path):
-    (tmp_path / "worker.py").write_text(WORKER)
-    here = os.path.dirname(os.path.abspath(__file__))
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([os.path.dirname(here), os.environ.get("PYTHONPATH", "")])}
-    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "worker.py"), str(tmp_path / "found.pt"), here],
-                         env=env, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
-    *found, empty, empty_centred, own = torch.load(tmp_path / "found.pt", weights_only=True)
+def test_two_processes_equal_one(two_processes):
+    *found, empty, empty_centred, own = torch.load(two_processes(WORKER), weights_only=True)
     x = normal(41, 6)
     for kw, A in zip(settings_of_processes()[:-1], found):
         B = agop(mlp(), x, **kw)

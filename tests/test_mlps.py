@@ -113,7 +113,7 @@ def test_a_forced_run_accepts_nothing_older(epochs, monkeypatch):
 
 def test_half_precision_only_where_it_is_close(out):
     trained("small", net(MLP, module__d_in=8, module__d_out=3, module__width=20), X, Y)
-    big = trained("huge", net(MLP, NeuralNetRegressor, module__d_in=8, module__d_out=1, module__width=20, criterion=nn.MSELoss, module__init_scale=1e-6, max_epochs=1, lr=1e-12), X, X[:, :1])
+    big = trained("huge", net(MLP, NeuralNetRegressor, module__d_in=8, module__d_out=1, module__width=20, criterion=nn.MSELoss, module__depth=1, module__init_scale=1e-6, max_epochs=1, lr=1e-12), X, X[:, :1])
     assert {p.stem: mlps.safe_open(p, "pt").get_tensor("1.weight").dtype for p in out.iterdir()} == {"small-quick": torch.float16, "huge-quick": torch.float32}
     assert big.module[1].weight.dtype == torch.float32
 

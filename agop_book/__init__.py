@@ -5,9 +5,10 @@ __version__ = "0.1.0"
 _HOMES = {
     "RFMRegressor": "rfm", "RFMClassifier": "rfm", "KernelMachine": "kernels", "AGOP": "agop", "Dataset": "data",
     "Laplace": "kernels", "Gaussian": "kernels", "GeneralizedExponential": "kernels",
+    "CNTK": "cntk", "ConvRFMClassifier": "convrfm", "ConvRFMRegressor": "convrfm",
     "Matern32": "kernels", "Matern52": "kernels", "NTK": "kernels",
 }
-_MODULES = {*_HOMES.values(), "figures", "reproduce"}
+_MODULES = {*_HOMES.values(), "nfa", "mlps", "patches", "rnns", "attention", "figures", "reproduce"}
 __all__ = list(_HOMES)
 
 

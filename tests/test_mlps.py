@@ -7,7 +7,7 @@ from skorch.callbacks import LRScheduler
 from torch import nn
 
 from agop_book import mlps
-from agop_book.mlps import MLP, trained
+from agop_book.mlps import MLP, mlp_task, trained
 
 X = np.random.RandomState(0).randn(200, 8).astype(np.float32)
 Y = X[:, :3].argmax(1).astype(np.int64)
@@ -68,11 +68,12 @@ def test_the_second_call_loads_and_the_generators_stay(epochs):
     assert not equal(first.module, first.initial)
 
 
-@pytest.mark.parametrize("change, named", [(dict(lr=0.2), "lr"), (dict(module__hidden=13), "module__hidden"), (dict(callbacks=[]), "callbacks")])
+@pytest.mark.parametrize("change, named", [(dict(lr=1.01e-4), "lr"), (dict(optimizer__eps=1e-7), "optimizer__eps"), (dict(module__dtype=torch.float64), "module__dtype"), (dict(module__hidden=13), "module__hidden"), (dict(callbacks=[]), "callbacks")])
 def test_other_settings_train_anew_and_say_why(change, named, epochs):
-    trained("a", net(), X, Y)
-    with pytest.warns(UserWarning, match=named): trained("a", net(**change), X, Y)
-    assert len(epochs) == 24
+    before = dict(max_epochs=2, lr=1e-4, optimizer__eps=1e-8, module__dtype=torch.float32)
+    trained("a", net(**before), X, Y)
+    with pytest.warns(UserWarning, match=named): trained("a", net(**before | change), X, Y)
+    assert len(epochs) == 4
 
 
 def test_other_data_and_seeds_train_anew(epochs):
@@ -149,3 +150,27 @@ def test_interruption_is_not_stored(out):
             if len(net.history) == 3: raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt, match="3 of 12"): trained("a", net(callbacks=[Stop()]), X, Y)
     assert not (out / "a-quick.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["mnist", "svhn", "cifar10", "low-rank"])
+def test_tasks_fit_their_networks(name, monkeypatch):
+    monkeypatch.delenv("AGOP_BOOK_DATA", raising=False)
+    task = mlp_task(name)
+    task.net.set_params(max_epochs=1)
+    module = trained(name, *task[:3]).module
+    out = module(torch.from_numpy(task.x_test))
+    assert len(out) == len(task.y_test) and task.label and abs(task.x.mean()) < 0.05
+    assert out.shape[1] == (1 if name == "low-rank" else task.y.max() + 1)
+
+
+def test_unknown_task_is_named():
+    with pytest.raises(ValueError, match="name='imagenet'.*mnist"): mlp_task("imagenet")
+
+
+@pytest.mark.parametrize("activation", mlps.ACTIVATIONS)
+def test_mlp_has_no_bias_unless_asked_and_scales(activation):
+    torch.manual_seed(0); plain = MLP(6, width=5, depth=2, d_out=3, activation=activation)
+    torch.manual_seed(0); small = MLP(6, width=5, depth=2, d_out=3, activation=activation, init_scale=0.1)
+    assert all(torch.allclose(0.1 * p, q) for p, q in zip(plain.parameters(), small.parameters()))
+    assert len(list(plain.parameters())) == 3 and plain(torch.randn(2, 2, 3)).shape == (2, 3)
+    assert len(list(MLP(6, width=5, depth=2, bias=True).parameters())) == 6

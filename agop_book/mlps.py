@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'Sine', 'MLP', 'Trained', 'trained', 'MLPTask', 'mlp_task']
 
-# %% ../nbs/06_mlps.ipynb #3cf91ef3
+# %% ../nbs/06_mlps.ipynb #ace7b961
 import copy
 import io
 import json
@@ -34,7 +34,7 @@ import agop_book
 from .data import load, low_rank
 from .figures import _bar, device, out_dir, pick, scale, write_atomic
 
-# %% ../nbs/06_mlps.ipynb #062601c3
+# %% ../nbs/06_mlps.ipynb #f12a194c
 class Sine(nn.Module):
     "The sine of every entry."
     def forward(self, x): return x.sin()
@@ -57,7 +57,7 @@ class MLP(nn.Sequential):
         with torch.no_grad():
             for p in self.parameters(): p.mul_(init_scale)
 
-# %% ../nbs/06_mlps.ipynb #0d666fdb
+# %% ../nbs/06_mlps.ipynb #bf45a91d
 @contextmanager
 def _seeded(random_state, device="cpu"):
     "Inside, torch and numpy draw from `random_state`; outside, nothing has changed."
@@ -68,7 +68,7 @@ def _seeded(random_state, device="cpu"):
         try: yield
         finally: np.random.set_state(outer)
 
-# %% ../nbs/06_mlps.ipynb #87aab297
+# %% ../nbs/06_mlps.ipynb #8eaf25be
 def _sketch(*values):
     "Four weighted sums that tell numbers apart: of arrays, tensors, dicts and tuples of them."
     def flat(v):
@@ -95,6 +95,7 @@ def _text(value):
     if isinstance(value, np.generic): return value.item()
     if isinstance(value, dict): return {str(k): _text(value[k]) for k in sorted(value, key=str)}
     if isinstance(value, (list, tuple)): return [_text(v) for v in value]
+    if isinstance(value, (set, frozenset)): return sorted(map(str, value))
     if isinstance(value, np.ndarray) or torch.is_tensor(value): return [list(value.shape), *_sketch(value)]
     if hasattr(value, "func"): return _text([value.func, value.args, value.keywords])       # functools.partial
     if hasattr(value, "__qualname__"): return value.__qualname__
@@ -113,7 +114,7 @@ def _same(a, b):
     if isinstance(a, float) and isinstance(b, (int, float)): return bool(np.isclose(a, b, rtol=1e-3, atol=1e-12))
     return a == b
 
-# %% ../nbs/06_mlps.ipynb #0875f0ad
+# %% ../nbs/06_mlps.ipynb #7eccfab7
 def _stored_about(path, about):
     "The metadata of a stored file when it fits `about`, else None with a warning that names what differs."
     since = float(os.environ.get("AGOP_BOOK_SINCE") or 0)     # `agop-book reproduce --force` accepts nothing older
@@ -142,7 +143,7 @@ def _store(path, net, x, y, meta):
         write_atomic(path, Path(file).read_bytes())
     module.to(next(exact.parameters()).dtype)
 
-# %% ../nbs/06_mlps.ipynb #00d79937
+# %% ../nbs/06_mlps.ipynb #a1e71762
 class _Resume(Callback):
     "Progress bar, and a checkpoint at most every `every` seconds."
 
@@ -189,7 +190,7 @@ def _epochs(history):
     "skorch's history as plain numbers, without its batches."
     return [{k: _text(v) for k, v in row.items() if k != "batches"} for row in history]
 
-# %% ../nbs/06_mlps.ipynb #943f36cc
+# %% ../nbs/06_mlps.ipynb #e00a5279
 class Trained(NamedTuple):
     "A trained network, the same network before training (both in eval mode, on the net's device), and one row per epoch."
     module: nn.Module
@@ -212,7 +213,7 @@ def trained(
     Raises ValueError for a bad name or module, FloatingPointError when the loss is no longer finite."""
     if not re.fullmatch(r"[\w-]+", str(name)): raise ValueError(f"name={name!r} must be letters, digits, '_' and '-' only: it names a file")
     if isinstance(net.module, nn.Module): raise ValueError("net.module is a module that exists already, so random_state cannot choose its weights: pass the class, and its arguments as module__...")
-    settings = {k: _text(v) for k, v in net.get_params(deep=False).items() if k not in _VOLATILE}
+    settings = {k: _text(v) for k, v in net.get_params(deep=False).items() if k not in _VOLATILE and k[0] != "_"}
     net, home, file = clone(net), Path(agop_book.__file__).parent, f"{name}-{scale()}.safetensors"
     with _seeded(random_state, net.device): about = dict(settings, random_state=random_state, x=_sample(x), y=_sample(y))   # a Dataset may draw at random
     with _seeded(random_state, net.device):
@@ -243,7 +244,7 @@ def _fit(net, resume, x, y):
     net.partial_fit(x, y)
     if len(net.history) < epochs: raise KeyboardInterrupt(f"training {resume.name!r} stopped after {len(net.history)} of {epochs} epochs")     # skorch swallows it
 
-# %% ../nbs/06_mlps.ipynb #56d311b6
+# %% ../nbs/06_mlps.ipynb #de7b2835
 _IMAGES = {"mnist": ("mnist", "digits"), "svhn": ("svhn", "svhn_crops", "digits"), "cifar10": ("cifar10", "cifar10_jpeg", "digits")}    # sets in order of preference
 
 

@@ -1,4 +1,6 @@
 """Training once: the same weights again, resumed or loaded, and nothing else touched."""
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -174,3 +176,10 @@ def test_mlp_has_no_bias_unless_asked_and_scales(activation):
     assert all(torch.allclose(0.1 * p, q) for p, q in zip(plain.parameters(), small.parameters()))
     assert len(list(plain.parameters())) == 3 and plain(torch.randn(2, 2, 3)).shape == (2, 3)
     assert len(list(MLP(6, width=5, depth=2, bias=True).parameters())) == 6
+
+
+def test_configurations_read_alike_in_every_session(out):
+    trained("a", net(max_epochs=1, module__dtype={"b", "a"}), X, Y)
+    about = json.loads(mlps.safe_open(out / "a-quick.safetensors", "pt").metadata()["about"])
+    assert about["module__dtype"] == ["a", "b"] and about["optimizer"] == "Adam" and about["callbacks"][0][0] == "LRScheduler"
+    assert not any(key.startswith("_") for key in about) and not {"device", "verbose"} & about.keys() and " at 0x" not in str(about)

@@ -6,7 +6,7 @@
 __all__ = ['SharedLinear', 'RNNStep', 'GRUStep', 'LSTMStep', 'Explicit', 'explicit', 'char_codes', 'CharRNN', 'CharLoss',
            'CharTask', 'char_task']
 
-# %% ../nbs/08_rnns.ipynb #386a8aff
+# %% ../nbs/08_rnns.ipynb #c46f4c97
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-# %% ../nbs/08_rnns.ipynb #cf598504
+# %% ../nbs/08_rnns.ipynb #039939f3
 class SharedLinear(nn.Linear):
     "Rows of a recurrent module's matrices, side by side, as one linear map. Owns no weights: it reads the module's when asked."
     def __init__(self, source, parts, rows=slice(None), kind="gate", heads=None):
@@ -37,7 +37,7 @@ class SharedLinear(nn.Linear):
 
     def forward(self, u, read=None): return F.linear(u, *(read or (self.weight, self.bias)))
 
-# %% ../nbs/08_rnns.ipynb #d320759a
+# %% ../nbs/08_rnns.ipynb #b4f894e6
 class RNNStep(nn.Module):
     "$h_t = \\phi(W [x_t, h_{t-1}] + b)$ with tanh or relu."
     def __init__(self, source, at):
@@ -47,7 +47,7 @@ class RNNStep(nn.Module):
 
     def step(self, x, h, hidden): return (self.activation(self.hidden(torch.cat([x, h], -1), hidden)),)
 
-# %% ../nbs/08_rnns.ipynb #d8dde87c
+# %% ../nbs/08_rnns.ipynb #ac813fb4
 class GRUStep(nn.Module):
     "GRU: reset and update gates on $[x_t, h_{t-1}]$; the candidate's two parts apart, because the reset gate multiplies only the recurrent one."
     def __init__(self, source, at):
@@ -62,7 +62,7 @@ class GRUStep(nn.Module):
         n = torch.tanh(self.candidate_input(x, inside) + r * self.candidate_recurrent(h, back))
         return ((1 - z) * n + z * h,)
 
-# %% ../nbs/08_rnns.ipynb #3dc8c80c
+# %% ../nbs/08_rnns.ipynb #374b4dc6
 class LSTMStep(nn.Module):
     "LSTM: input, forget, cell and output gates on $[x_t, h_{t-1}]$; with `proj_size` the state is projected by a further map."
     def __init__(self, source, at):
@@ -76,7 +76,7 @@ class LSTMStep(nn.Module):
         h = torch.sigmoid(o) * torch.tanh(c)
         return (self.projection(h, projection) if projection else h), c
 
-# %% ../nbs/08_rnns.ipynb #b4eeaed7
+# %% ../nbs/08_rnns.ipynb #095e9f77
 class Explicit(nn.Module):
     "Twin of a recurrent module, made by `explicit`: its weights, its call, its outputs, and one visible linear map per gate. Sites are named by torch's suffixes: `l0.gates`, `l1_reverse.gates`."
     def __init__(self, source):
@@ -117,7 +117,7 @@ class Explicit(nn.Module):
             raise ValueError(f"hx has shapes {got}, expected {shapes} (layers x directions, sequences, size); one sequence has no middle axis")
         return states
 
-# %% ../nbs/08_rnns.ipynb #0a9c11cf
+# %% ../nbs/08_rnns.ipynb #b06fc638
 def _open(source, input):
     "The steps of an input, how to close outputs up again, and how to bring states into the order of the batch and back."
     if isinstance(input, PackedSequence):
@@ -133,7 +133,7 @@ def _open(source, input):
     steps = [x if input.dim() == 3 else x.unsqueeze(0) for x in input.unbind(axis)]
     return steps, lambda outs: torch.stack(outs, axis) if input.dim() == 3 else torch.cat(outs), batch
 
-# %% ../nbs/08_rnns.ipynb #61a2f154
+# %% ../nbs/08_rnns.ipynb #c8bcd6f2
 _CELLS = {nn.RNN: RNNStep, nn.GRU: GRUStep, nn.LSTM: LSTMStep}
 
 
@@ -152,7 +152,7 @@ def explicit(
     if _cell(module) is None: raise TypeError(f"module is {type(module).__name__}: give an nn.RNN, nn.GRU or nn.LSTM itself, not a cell or a subclass with its own forward")
     return Explicit(module)
 
-# %% ../nbs/08_rnns.ipynb #a8dcfc42
+# %% ../nbs/08_rnns.ipynb #f72800e4
 def char_codes(
     texts,             # strings
     alphabet: str,     # its characters get the codes 2, 3, ...; others get 1
@@ -162,7 +162,7 @@ def char_codes(
     code, length = {c: i + 2 for i, c in enumerate(alphabet)}, length or max(map(len, texts))
     return torch.tensor([[code.get(c, 1) for c in text[:length]] + [0] * (length - len(text)) for text in texts])
 
-# %% ../nbs/08_rnns.ipynb #11df398e
+# %% ../nbs/08_rnns.ipynb #249db14f
 class CharRNN(nn.Module):
     "Characters to scores: for every next character `(n, T, vocab)`, or, with `outputs`, for classes of the whole text `(n, outputs)`, read from the state at its last character."
     def __init__(self,
@@ -185,7 +185,7 @@ class CharRNN(nn.Module):
         if self.classify: h = h[torch.arange(len(x), device=x.device), (x != 0).sum(1) - 1]
         return self.head(h)
 
-# %% ../nbs/08_rnns.ipynb #bfd40312
+# %% ../nbs/08_rnns.ipynb #085b1bea
 class CharLoss(nn.CrossEntropyLoss):
     "Cross-entropy of scores `(..., classes)`, averaged over samples and positions."
     def forward(self, scores, y): return super().forward(scores.flatten(0, -2), y.flatten())
@@ -202,7 +202,7 @@ class CharTask(NamedTuple):
     alphabet: str
     label: str                 # of the data, for captions
 
-# %% ../nbs/08_rnns.ipynb #f75f772c
+# %% ../nbs/08_rnns.ipynb #b13f8bbe
 def char_task(
     task: str,          # "names": the language of a surname; "text": the next character of Shakespeare
     kind: str,          # "rnn", "gru" or "lstm"
@@ -213,13 +213,13 @@ def char_task(
     from agop_book.data import load
     from agop_book.figures import device, pick
     if task not in ("names", "text"): raise ValueError(f"task={task!r}: choose 'names' or 'text'")
-    hidden, layers, epochs = pick(quick=(32, 1, 4), book=(128, 1, 10 if task == "names" else 7), paper=(256, 2, 20))
+    hidden, layers, epochs = pick(quick=(32, 1, 5), book=(128, 1, 10 if task == "names" else 7), paper=(256, 2, 20))
     parts = [load(*(("names", "syllables") if task == "names" else ("shakespeare", "help_topics")), split=split) for split in ("train", "test")]
     if task == "names":
         alphabet, n = "".join(sorted(set("".join(parts[0].x)))), pick(quick=1000, book=None, paper=None)
         (x, y), (x_test, y_test) = [(char_codes(p.x[:n], alphabet, 20), torch.tensor(p.y[:n])) for p in parts]
     else:
-        alphabet, n = "".join(sorted(set(parts[0].text))), pick(quick=12_000, book=None, paper=None)
+        alphabet, n = "".join(sorted(set(parts[0].text))), pick(quick=40_000, book=None, paper=None)
         (x, y), (x_test, y_test) = [_windows(char_codes([p.text[:n]], alphabet)[0], pick(quick=32, book=64, paper=128)) for p in parts]
     batch, lr = 32, 5e-3 if task == "text" else 3e-3
     net = NeuralNet(CharRNN, CharLoss, module__vocab=len(alphabet) + 2, module__kind=kind, module__hidden=hidden, module__layers=layers,

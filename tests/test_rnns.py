@@ -4,9 +4,10 @@ import itertools
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
-from agop_book.rnns import explicit
+from agop_book.nfa import nfa
+from agop_book.rnns import CharLoss, CharRNN, char_codes, char_task, explicit
 
 KINDS = {"rnn": nn.RNN, "relu": lambda *a, **k: nn.RNN(*a, nonlinearity="relu", **k), "gru": nn.GRU, "lstm": nn.LSTM,
          "projected": lambda *a, **k: nn.LSTM(*a, proj_size=2, **k)}
@@ -109,3 +110,60 @@ def test_dropout_acts_in_training_only():
 ])
 def test_bad_input(bad, error, message):
     with pytest.raises(error, match=message): bad()
+
+
+def by_hand(module, e, x):
+    "States of a one-layer module over `x` (T, d) with `e[name]` (T, H) added to the pre-activation `name`, from the formulas."
+    wi, wh, bi, bh = (getattr(module, f"{p}_l0") for p in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+    h, c, out = torch.zeros(1, 4, dtype=x.dtype), torch.zeros(1, 4, dtype=x.dtype), []
+    for t in range(len(x)):
+        a, b = (x[t:t + 1] @ wi.T + bi).split(4, -1), (h @ wh.T + bh).split(4, -1)
+        d = {k: v[t] for k, v in e.items()}
+        if isinstance(module, nn.GRU):
+            r, z = (a[0] + b[0] + d["reset"]).sigmoid(), (a[1] + b[1] + d["update"]).sigmoid()
+            h = (1 - z) * (a[2] + d["candidate-input"] + r * (b[2] + d["candidate-recurrent"])).tanh() + z * h
+        elif isinstance(module, nn.LSTM):
+            i, f, g, o = (a[k] + b[k] + d[name] for k, name in enumerate(("input", "forget", "cell", "output")))
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+        else: h = (a[0] + b[0] + d["recurrent"]).tanh()
+        out.append(h)
+    return torch.cat(out).flatten()
+
+
+@pytest.mark.parametrize("kind", ("rnn", "gru", "lstm"))
+def test_gradients_at_the_gates_against_brute_force(kind):
+    module, x = make(kind, batch_first=True), torch.randn(5, 3, dtype=torch.float64)
+    table, sites = nfa(module, x[None], matrices=True, progress=False)
+    names = list(table["kind"])
+    zero = torch.zeros(len(names), 5, 4, dtype=torch.float64)
+    assert same(by_hand(module, dict(zip(names, zero)), x), module(x)[0].flatten())
+    J = torch.autograd.functional.jacobian(lambda e: by_hand(module, dict(zip(names, e)), x), zero)     # (outputs, gates, T, H)
+    for k, site in enumerate(sites):
+        C = torch.einsum("oti,otj->ij", J[:, k], J[:, k])
+        assert torch.allclose(site.agop(), site.W.T @ C @ site.W, rtol=0, atol=1e-10)
+
+
+def test_characters():
+    codes = char_codes(["ab", "bca"], "ab")
+    assert codes.tolist() == [[2, 3, 0], [3, 1, 2]] and char_codes(["abc"], "abc", 2).shape == (1, 2)
+    for embed in (None, 5):
+        torch.manual_seed(0)
+        model = CharRNN(4, "gru", hidden=6, layers=2, outputs=3, embed=embed).eval()
+        alone = torch.cat([model(row[row != 0][None]) for row in codes])
+        assert torch.allclose(model(codes), alone, atol=1e-6) and alone.shape == (2, 3)
+    assert CharRNN(4, "rnn", hidden=6)(codes).shape == (2, 3, 4)
+    with pytest.raises(ValueError, match="kind='gpt'"): CharRNN(4, "gpt")
+    scores = torch.randn(2, 3, 4)
+    assert torch.allclose(CharLoss()(scores, codes), nn.functional.cross_entropy(scores.reshape(6, 4), codes.reshape(6)))
+
+
+@pytest.mark.parametrize("task", ("names", "text"))
+def test_tasks(task, monkeypatch):
+    for name in ("AGOP_BOOK_DATA", "AGOP_BOOK_SCALE"): monkeypatch.delenv(name, raising=False)
+    run = char_task(task, "lstm")
+    net = run.net.set_params(max_epochs=1, callbacks=[]).fit(run.x[:64], run.y[:64])
+    scores = torch.as_tensor(net.predict(run.x_test[:8]))
+    assert torch.isfinite(scores).all() and len(run.x) == len(run.y) and scores.shape[:-1] == run.y_test[:8].shape
+    if task == "text": assert torch.equal(run.x[:, 1:], run.y[:, :-1]) and torch.equal(run.x[1:, 0], run.y[:-1, -1])
+    with pytest.raises(ValueError, match="task='images'"): char_task("images", "lstm")

@@ -7,11 +7,10 @@ __all__ = ['gpt2', 'Tokens', 'word_tokens', 'gpt2_tokens', 'windows', 'TokenLoss
            'shakespeare_gpt2', 'tinystories_gpt2', 'vit', 'pretrained', 'minilm_folder']
 
 # %% ../nbs/09_transformers.ipynb #1989bfaf
-import contextlib
 import importlib.util
-import logging
 import math
 import re
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +29,10 @@ from .mlps import trained
 # %% ../nbs/09_transformers.ipynb #7bc9a6a3
 def _transformers():
     "The library, or an error that says how to get it."
-    try: import transformers
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="IProgress")     # of a progress bar with widgets, which the book does not use
+            import transformers
     except ImportError as error: raise ImportError("the models of this chapter are those of the package transformers, which is not installed: pip install 'agop_book[text]'") from error
     return transformers
 

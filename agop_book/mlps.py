@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'Sine', 'MLP', 'Trained', 'trained', 'MLPTask', 'mlp_task']
 
-# %% ../nbs/06_mlps.ipynb #ace7b961
+# %% ../nbs/06_mlps.ipynb #8f5a87d7
 import copy
 import io
 import json
@@ -34,7 +34,7 @@ import agop_book
 from .data import load, low_rank
 from .figures import _bar, device, out_dir, pick, scale, write_atomic
 
-# %% ../nbs/06_mlps.ipynb #f12a194c
+# %% ../nbs/06_mlps.ipynb #330a87ab
 class Sine(nn.Module):
     "The sine of every entry."
     def forward(self, x): return x.sin()
@@ -57,7 +57,7 @@ class MLP(nn.Sequential):
         with torch.no_grad():
             for p in self.parameters(): p.mul_(init_scale)
 
-# %% ../nbs/06_mlps.ipynb #bf45a91d
+# %% ../nbs/06_mlps.ipynb #d76e95aa
 @contextmanager
 def _seeded(random_state, device="cpu"):
     "Inside, torch and numpy draw from `random_state`; outside, nothing has changed."
@@ -68,7 +68,7 @@ def _seeded(random_state, device="cpu"):
         try: yield
         finally: np.random.set_state(outer)
 
-# %% ../nbs/06_mlps.ipynb #8eaf25be
+# %% ../nbs/06_mlps.ipynb #ef1de646
 def _sketch(*values):
     "Four weighted sums that tell numbers apart: of arrays, tensors, dicts and tuples of them."
     def flat(v):
@@ -114,7 +114,7 @@ def _same(a, b):
     if isinstance(a, float) and isinstance(b, (int, float)): return bool(np.isclose(a, b, rtol=1e-3, atol=1e-12))
     return a == b
 
-# %% ../nbs/06_mlps.ipynb #7eccfab7
+# %% ../nbs/06_mlps.ipynb #de008f54
 def _stored_about(path, about):
     "The metadata of a stored file when it fits `about`, else None with a warning that names what differs."
     since = float(os.environ.get("AGOP_BOOK_SINCE") or 0)     # `agop-book reproduce --force` accepts nothing older
@@ -143,7 +143,7 @@ def _store(path, net, x, y, meta):
         write_atomic(path, Path(file).read_bytes())
     module.to(next(exact.parameters()).dtype)
 
-# %% ../nbs/06_mlps.ipynb #a1e71762
+# %% ../nbs/06_mlps.ipynb #eaeef998
 class _Resume(Callback):
     "Progress bar, and a checkpoint at most every `every` seconds."
 
@@ -190,7 +190,7 @@ def _epochs(history):
     "skorch's history as plain numbers, without its batches."
     return [{k: _text(v) for k, v in row.items() if k != "batches"} for row in history]
 
-# %% ../nbs/06_mlps.ipynb #e00a5279
+# %% ../nbs/06_mlps.ipynb #16fd514b
 class Trained(NamedTuple):
     "A trained network, the same network before training (both in eval mode, on the net's device), and one row per epoch."
     module: nn.Module
@@ -244,7 +244,7 @@ def _fit(net, resume, x, y):
     net.partial_fit(x, y)
     if len(net.history) < epochs: raise KeyboardInterrupt(f"training {resume.name!r} stopped after {len(net.history)} of {epochs} epochs")     # skorch swallows it
 
-# %% ../nbs/06_mlps.ipynb #de7b2835
+# %% ../nbs/06_mlps.ipynb #90a415d1
 _IMAGES = {"mnist": ("mnist", "digits"), "svhn": ("svhn", "svhn_crops", "digits"), "cifar10": ("cifar10", "cifar10_jpeg", "digits")}    # sets in order of preference
 
 

@@ -6,7 +6,7 @@
 __all__ = ['SharedLinear', 'RNNStep', 'GRUStep', 'LSTMStep', 'Explicit', 'explicit', 'char_codes', 'CharRNN', 'CharLoss',
            'CharTask', 'char_task']
 
-# %% ../nbs/08_rnns.ipynb #b56de160
+# %% ../nbs/08_rnns.ipynb #7315183f
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-# %% ../nbs/08_rnns.ipynb #80a23026
+# %% ../nbs/08_rnns.ipynb #acf649e8
 class SharedLinear(nn.Linear):
     "Rows of a recurrent module's matrices, side by side, as one linear map. Owns no weights: it reads the module's when asked."
     def __init__(self, source, parts, rows=slice(None), kind="gate", heads=None):
@@ -37,7 +37,7 @@ class SharedLinear(nn.Linear):
 
     def forward(self, u, read=None): return F.linear(u, *(read or (self.weight, self.bias)))
 
-# %% ../nbs/08_rnns.ipynb #162924a6
+# %% ../nbs/08_rnns.ipynb #76a7b778
 class RNNStep(nn.Module):
     "$h_t = \\phi(W [x_t, h_{t-1}] + b)$ with tanh or relu."
     def __init__(self, source, at):
@@ -47,7 +47,7 @@ class RNNStep(nn.Module):
 
     def step(self, x, h, hidden): return (self.activation(self.hidden(torch.cat([x, h], -1), hidden)),)
 
-# %% ../nbs/08_rnns.ipynb #3678f5fe
+# %% ../nbs/08_rnns.ipynb #890abf10
 class GRUStep(nn.Module):
     "GRU: reset and update gates on $[x_t, h_{t-1}]$; the candidate's two parts apart, because the reset gate multiplies only the recurrent one."
     def __init__(self, source, at):
@@ -62,7 +62,7 @@ class GRUStep(nn.Module):
         n = torch.tanh(self.candidate_input(x, inside) + r * self.candidate_recurrent(h, back))
         return ((1 - z) * n + z * h,)
 
-# %% ../nbs/08_rnns.ipynb #35be60e3
+# %% ../nbs/08_rnns.ipynb #41b5893a
 class LSTMStep(nn.Module):
     "LSTM: input, forget, cell and output gates on $[x_t, h_{t-1}]$; with `proj_size` the state is projected by a further map."
     def __init__(self, source, at):
@@ -76,7 +76,7 @@ class LSTMStep(nn.Module):
         h = torch.sigmoid(o) * torch.tanh(c)
         return (self.projection(h, projection) if projection else h), c
 
-# %% ../nbs/08_rnns.ipynb #da5cc922
+# %% ../nbs/08_rnns.ipynb #e003965b
 class Explicit(nn.Module):
     "Twin of a recurrent module, made by `explicit`: its weights, its call, its outputs, and one visible linear map per gate. Sites are named by torch's suffixes: `l0.gates`, `l1_reverse.gates`."
     def __init__(self, source):
@@ -117,7 +117,7 @@ class Explicit(nn.Module):
             raise ValueError(f"hx has shapes {got}, expected {shapes} (layers x directions, sequences, size); one sequence has no middle axis")
         return states
 
-# %% ../nbs/08_rnns.ipynb #23c1d260
+# %% ../nbs/08_rnns.ipynb #8c13aa24
 def _open(source, input):
     "The steps of an input, how to close outputs up again, and how to bring states into the order of the batch and back."
     if isinstance(input, PackedSequence):
@@ -133,7 +133,7 @@ def _open(source, input):
     steps = [x if input.dim() == 3 else x.unsqueeze(0) for x in input.unbind(axis)]
     return steps, lambda outs: torch.stack(outs, axis) if input.dim() == 3 else torch.cat(outs), batch
 
-# %% ../nbs/08_rnns.ipynb #bdfd3a3e
+# %% ../nbs/08_rnns.ipynb #b660a891
 _CELLS = {nn.RNN: RNNStep, nn.GRU: GRUStep, nn.LSTM: LSTMStep}
 
 
@@ -152,7 +152,7 @@ def explicit(
     if _cell(module) is None: raise TypeError(f"module is {type(module).__name__}: give an nn.RNN, nn.GRU or nn.LSTM itself, not a cell or a subclass with its own forward")
     return Explicit(module)
 
-# %% ../nbs/08_rnns.ipynb #377f1856
+# %% ../nbs/08_rnns.ipynb #1e3bd913
 def char_codes(
     texts,             # strings
     alphabet: str,     # its characters get the codes 2, 3, ...; others get 1
@@ -162,7 +162,7 @@ def char_codes(
     code, length = {c: i + 2 for i, c in enumerate(alphabet)}, length or max(map(len, texts))
     return torch.tensor([[code.get(c, 1) for c in text[:length]] + [0] * (length - len(text)) for text in texts])
 
-# %% ../nbs/08_rnns.ipynb #59d881e5
+# %% ../nbs/08_rnns.ipynb #0d3db1da
 class CharRNN(nn.Module):
     "Characters to scores: for every next character `(n, T, vocab)`, or, with `outputs`, for classes of the whole text `(n, outputs)`, read from the state at its last character."
     def __init__(self,
@@ -185,7 +185,7 @@ class CharRNN(nn.Module):
         if self.classify: h = h[torch.arange(len(x), device=x.device), (x != 0).sum(1) - 1]
         return self.head(h)
 
-# %% ../nbs/08_rnns.ipynb #0853c43a
+# %% ../nbs/08_rnns.ipynb #585fba7b
 class CharLoss(nn.CrossEntropyLoss):
     "Cross-entropy of scores `(..., classes)`, averaged over samples and positions."
     def forward(self, scores, y): return super().forward(scores.flatten(0, -2), y.flatten())
@@ -202,7 +202,7 @@ class CharTask(NamedTuple):
     alphabet: str
     label: str                 # of the data, for captions
 
-# %% ../nbs/08_rnns.ipynb #05892a33
+# %% ../nbs/08_rnns.ipynb #9f790508
 def char_task(
     task: str,          # "names": the language of a surname; "text": the next character of Shakespeare
     kind: str,          # "rnn", "gru" or "lstm"

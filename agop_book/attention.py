@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['gpt2', 'Tokens', 'word_tokens', 'gpt2_tokens', 'windows', 'TokenLoss', 'transformer_net', 'Language',
-           'shakespeare_gpt2', 'tinystories_gpt2', 'vit', 'pretrained', 'minilm_folder']
+           'shakespeare_gpt2', 'tinystories_gpt2', 'vit', 'image_vit', 'pretrained', 'minilm_folder']
 
-# %% ../nbs/09_transformers.ipynb #1989bfaf
+# %% ../nbs/09_transformers.ipynb #c0345321
 import importlib.util
 import math
 import re
@@ -26,7 +26,7 @@ from .data import DataNotFound, data_roots, load
 from .figures import device, pick
 from .mlps import trained
 
-# %% ../nbs/09_transformers.ipynb #7bc9a6a3
+# %% ../nbs/09_transformers.ipynb #ed544164
 def _transformers():
     "The library, or an error that says how to get it."
     try:
@@ -49,7 +49,7 @@ def gpt2(vocab: int,         # number of tokens
         activation_function="gelu_pytorch_tanh",  # the same function as GPT-2's default, in one pass over memory instead of eight
         attn_implementation=attention, bos_token_id=None, eos_token_id=None))
 
-# %% ../nbs/09_transformers.ipynb #1a09d6b9
+# %% ../nbs/09_transformers.ipynb #e1b827de
 class Tokens:
     "Numbers for the pieces of a text, and back."
 
@@ -76,7 +76,7 @@ class Tokens:
         "The text of token numbers."
         return self.join([self.pieces[int(i)] for i in ids])
 
-# %% ../nbs/09_transformers.ipynb #9bf1f975
+# %% ../nbs/09_transformers.ipynb #3c296d70
 _END = "<|endoftext|>"          # between two stories, as GPT-2 has it
 
 
@@ -97,7 +97,7 @@ def gpt2_tokens(text: str, download: bool = False) -> Tokens:
     bpe.add_special_tokens([_END])
     return Tokens(text, lambda t: bpe.encode(t).tokens, decoders.ByteLevel().decode, "GPT-2 pieces")
 
-# %% ../nbs/09_transformers.ipynb #bf89c316
+# %% ../nbs/09_transformers.ipynb #79ef7eaf
 def windows(ids: torch.Tensor,      # (N,) token numbers
             context: int,           # length of a window
             stride: int | None = None):  # from one start to the next; None: as long as a window
@@ -106,7 +106,7 @@ def windows(ids: torch.Tensor,      # (N,) token numbers
     w = ids.unfold(0, context + 1, stride or context)
     return w[:, :-1].contiguous(), w[:, 1:].contiguous()
 
-# %% ../nbs/09_transformers.ipynb #ab1df3eb
+# %% ../nbs/09_transformers.ipynb #42e3ad4a
 class TokenLoss(nn.CrossEntropyLoss):
     "Cross-entropy of the `.logits` of a transformers output, in nats per token (or per image)."
     def forward(self, output, y): return super().forward(output.logits.flatten(0, -2), y.flatten())
@@ -153,7 +153,7 @@ class Language(NamedTuple):
             ids.append(int(torch.multinomial((logits / temperature).softmax(0), 1, generator=generator)))
         return self.tokens.decode(ids)
 
-# %% ../nbs/09_transformers.ipynb #ab71ef03
+# %% ../nbs/09_transformers.ipynb #8014dfa6
 def _language(name, train, test, tokens, label, *, context, stride, batch_size, epochs, lr, **shape):
     train, test = tokens.encode(train), tokens.encode(test)
     x, y = windows(train, context, stride)
@@ -187,7 +187,7 @@ def tinystories_gpt2() -> Language:
                 paper=dict(context=256, stride=128, n_layer=6, n_head=6, n_embd=384, batch_size=32, epochs=10, lr=1e-3))
     return _language("gpt2-tinystories", train, test, tokens, label, **size)
 
-# %% ../nbs/09_transformers.ipynb #63ec742f
+# %% ../nbs/09_transformers.ipynb #1bf708fd
 def vit(size: int, channels: int, classes: int,  # images (n, channels, size, size)
         patch: int = 4,                          # side of a patch: a divisor of `size`
         n_layer: int = 6, n_head: int = 6, n_embd: int = 96):
@@ -197,7 +197,17 @@ def vit(size: int, channels: int, classes: int,  # images (n, channels, size, si
     return tf.ViTForImageClassification(tf.ViTConfig(image_size=size, patch_size=patch, num_channels=channels, num_labels=classes, hidden_size=n_embd, num_hidden_layers=n_layer, num_attention_heads=n_head,
                                                      intermediate_size=4 * n_embd, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
 
-# %% ../nbs/09_transformers.ipynb #01261f42
+# %% ../nbs/09_transformers.ipynb #8e51db97
+def image_vit() -> tuple:   # (`Trained`, the test images as a `Dataset`)
+    "A ViT on MNIST (offline: on scikit-learn's digits), sized for the current scale."
+    train, test = (load("mnist", "digits", split=split) for split in ("train", "test"))
+    n, side = min(len(train), pick(quick=1000, book=10_000, paper=60_000)), train.x.shape[-1]
+    shape = dict(pick(quick=dict(n_layer=2, n_head=2, n_embd=16), book=dict(n_layer=6, n_head=6, n_embd=96)), patch=2 if side == 8 else 4)
+    net = transformer_net(vit, n, batch_size=pick(quick=30, book=50, paper=100), epochs=pick(quick=6, book=5, paper=10), lr=pick(quick=1e-2, book=2e-3, paper=1e-3),
+                          size=side, channels=train.x.shape[1], classes=len(train.classes), **shape)
+    return trained("vit-mnist", net, train.x[:n], train.y[:n]), test
+
+# %% ../nbs/09_transformers.ipynb #28b81465
 def pretrained(name,                     # of a model on the hub, such as "gpt2" or "google/vit-base-patch16-224", or a folder
                kind: str = "AutoModel",  # class of transformers, such as "AutoModelForCausalLM" or "AutoModelForImageClassification"
                download: bool = False):  # may the network be used?

@@ -105,6 +105,6 @@ def test_colab_cells():
 
 def test_readme_example(plain_env, tmp_path):
     "The README's own lines, and the number that stands beside them."
-    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[1]
+    code = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S))
     check = "\nassert abs(model.score(X_test, y_test) - 0.923) < 0.002"
     python(code + check, cwd=tmp_path, env=plain_env | {"PYTHONPATH": str(ROOT)})

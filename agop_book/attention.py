@@ -6,7 +6,7 @@
 __all__ = ['gpt2', 'Tokens', 'word_tokens', 'gpt2_tokens', 'windows', 'TokenLoss', 'transformer_net', 'Language',
            'shakespeare_gpt2', 'tinystories_gpt2', 'vit', 'image_vit', 'pretrained', 'minilm_folder']
 
-# %% ../nbs/09_transformers.ipynb #c0345321
+# %% ../nbs/09_transformers.ipynb #17a8aa39
 import importlib.util
 import math
 import re
@@ -26,7 +26,7 @@ from .data import DataNotFound, data_roots, load
 from .figures import device, pick
 from .mlps import trained
 
-# %% ../nbs/09_transformers.ipynb #ed544164
+# %% ../nbs/09_transformers.ipynb #29b6c719
 def _transformers():
     "The library, or an error that says how to get it."
     try:
@@ -49,7 +49,7 @@ def gpt2(vocab: int,         # number of tokens
         activation_function="gelu_pytorch_tanh",  # the same function as GPT-2's default, in one pass over memory instead of eight
         attn_implementation=attention, bos_token_id=None, eos_token_id=None))
 
-# %% ../nbs/09_transformers.ipynb #e1b827de
+# %% ../nbs/09_transformers.ipynb #ef03c4ee
 class Tokens:
     "Numbers for the pieces of a text, and back."
 
@@ -76,7 +76,7 @@ class Tokens:
         "The text of token numbers."
         return self.join([self.pieces[int(i)] for i in ids])
 
-# %% ../nbs/09_transformers.ipynb #3c296d70
+# %% ../nbs/09_transformers.ipynb #32165e4e
 _END = "<|endoftext|>"          # between two stories, as GPT-2 has it
 
 
@@ -97,7 +97,7 @@ def gpt2_tokens(text: str, download: bool = False) -> Tokens:
     bpe.add_special_tokens([_END])
     return Tokens(text, lambda t: bpe.encode(t).tokens, decoders.ByteLevel().decode, "GPT-2 pieces")
 
-# %% ../nbs/09_transformers.ipynb #79ef7eaf
+# %% ../nbs/09_transformers.ipynb #2dd77c02
 def windows(ids: torch.Tensor,      # (N,) token numbers
             context: int,           # length of a window
             stride: int | None = None):  # from one start to the next; None: as long as a window
@@ -106,7 +106,7 @@ def windows(ids: torch.Tensor,      # (N,) token numbers
     w = ids.unfold(0, context + 1, stride or context)
     return w[:, :-1].contiguous(), w[:, 1:].contiguous()
 
-# %% ../nbs/09_transformers.ipynb #42e3ad4a
+# %% ../nbs/09_transformers.ipynb #db829692
 class TokenLoss(nn.CrossEntropyLoss):
     "Cross-entropy of the `.logits` of a transformers output, in nats per token (or per image)."
     def forward(self, output, y): return super().forward(output.logits.flatten(0, -2), y.flatten())
@@ -153,7 +153,7 @@ class Language(NamedTuple):
             ids.append(int(torch.multinomial((logits / temperature).softmax(0), 1, generator=generator)))
         return self.tokens.decode(ids)
 
-# %% ../nbs/09_transformers.ipynb #8014dfa6
+# %% ../nbs/09_transformers.ipynb #8f8d1c44
 def _language(name, train, test, tokens, label, *, context, stride, batch_size, epochs, lr, **shape):
     train, test = tokens.encode(train), tokens.encode(test)
     x, y = windows(train, context, stride)
@@ -187,7 +187,7 @@ def tinystories_gpt2() -> Language:
                 paper=dict(context=256, stride=128, n_layer=6, n_head=6, n_embd=384, batch_size=32, epochs=10, lr=1e-3))
     return _language("gpt2-tinystories", train, test, tokens, label, **size)
 
-# %% ../nbs/09_transformers.ipynb #1bf708fd
+# %% ../nbs/09_transformers.ipynb #56998a2c
 def vit(size: int, channels: int, classes: int,  # images (n, channels, size, size)
         patch: int = 4,                          # side of a patch: a divisor of `size`
         n_layer: int = 6, n_head: int = 6, n_embd: int = 96):
@@ -197,7 +197,7 @@ def vit(size: int, channels: int, classes: int,  # images (n, channels, size, si
     return tf.ViTForImageClassification(tf.ViTConfig(image_size=size, patch_size=patch, num_channels=channels, num_labels=classes, hidden_size=n_embd, num_hidden_layers=n_layer, num_attention_heads=n_head,
                                                      intermediate_size=4 * n_embd, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
 
-# %% ../nbs/09_transformers.ipynb #8e51db97
+# %% ../nbs/09_transformers.ipynb #4094ee49
 def image_vit() -> tuple:   # (`Trained`, the test images as a `Dataset`)
     "A ViT on MNIST (offline: on scikit-learn's digits), sized for the current scale."
     train, test = (load("mnist", "digits", split=split) for split in ("train", "test"))
@@ -207,7 +207,7 @@ def image_vit() -> tuple:   # (`Trained`, the test images as a `Dataset`)
                           size=side, channels=train.x.shape[1], classes=len(train.classes), **shape)
     return trained("vit-mnist", net, train.x[:n], train.y[:n]), test
 
-# %% ../nbs/09_transformers.ipynb #28b81465
+# %% ../nbs/09_transformers.ipynb #be0d087f
 def pretrained(name,                     # of a model on the hub, such as "gpt2" or "google/vit-base-patch16-224", or a folder
                kind: str = "AutoModel",  # class of transformers, such as "AutoModelForCausalLM" or "AutoModelForImageClassification"
                download: bool = False):  # may the network be used?

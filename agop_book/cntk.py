@@ -6,7 +6,7 @@
 __all__ = ['NEAR', 'SHARE', 'TILE', 'SIDE', 'COMPILE_FROM', 'ARC', 'PLAIN', 'CNTK', 'window_sum', 'Images', 'compiled_layers',
            'patch_agop']
 
-# %% ../nbs/11_cntk.ipynb #2893b252
+# %% ../nbs/11_cntk.ipynb #84c9ca39
 import functools
 import math
 import numbers
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from .kernels import apply_metric, as_tensor, blocks, check_metric, like
 from .rfm import free_memory
 
-# %% ../nbs/11_cntk.ipynb #d41466f0
+# %% ../nbs/11_cntk.ipynb #015c47a5
 @dataclass(frozen=True)
 class CNTK:
     "Neural tangent kernel of an infinitely wide convolutional ReLU network: `depth` convolutions, then a dense layer on all positions or, with `pooling`, on their mean (paper, section III.C)."
@@ -70,7 +70,7 @@ class CNTK:
         g = torch.cat([apply_metric(g, root).permute(3, 0, 1, 2, 4) for g, root in _gradients(self, X, centers, coef, M)], 3)
         return like(torch.stack([back(p)[0] for p in g], 1), x)
 
-# %% ../nbs/11_cntk.ipynb #d5061eb5
+# %% ../nbs/11_cntk.ipynb #822c87f1
 def window_sum(t: torch.Tensor, size: int) -> torch.Tensor:
     "Sums over all `size` x `size` windows of the first two axes. Runs of 1, 2, 4, ... rows are shared: 3 rows take 2 additions, 11 rows take 5."
     for axis in (0, 1):
@@ -84,7 +84,7 @@ def window_sum(t: torch.Tensor, size: int) -> torch.Tensor:
         t = out
     return t
 
-# %% ../nbs/11_cntk.ipynb #20048a33
+# %% ../nbs/11_cntk.ipynb #285bc10b
 def _pad(t: torch.Tensor, width: int, padding: str) -> torch.Tensor:
     "`t` `(h, w, ...)` with `width` more rows and columns on each side: zeros or, with \"circular\", wrapped around."
     for axis in (0, 1):
@@ -93,7 +93,7 @@ def _pad(t: torch.Tensor, width: int, padding: str) -> torch.Tensor:
         t = torch.cat([before, t, after], axis)
     return t
 
-# %% ../nbs/11_cntk.ipynb #30961e06
+# %% ../nbs/11_cntk.ipynb #e77757a5
 class Images:
     "Images as the recursion wants them: unit patches `unit` `(h, w, n, q)` and, for each layer l, the root of a and its inverse, `norms[l]` and `inverses[l]` `(h_l, w_l, n)`."
 
@@ -112,7 +112,7 @@ class Images:
     def __getitem__(self, part): return self.map(lambda t: t[:, :, part])
     def __len__(self): return self.unit.shape[2]
 
-# %% ../nbs/11_cntk.ipynb #7cb8affa
+# %% ../nbs/11_cntk.ipynb #cef3a2d2
 def _snap(u):
     "`u` with correlations that are 1 up to rounding set to 1, and which ones are not."
     apart = 1 - u.abs() > 16 * torch.finfo(u.dtype).eps
@@ -128,13 +128,13 @@ def _relu(w, T, scale):
     angle.mul_(w)
     return S.sub_(angle).mul_(scale), angle.neg_().mul_(scale) if T is None else T
 
-# %% ../nbs/11_cntk.ipynb #0fd48f7c
+# %% ../nbs/11_cntk.ipynb #33053d29
 NEAR, SHARE = 1e-5, 0.02                        # correlations above 1 - NEAR are suspect; pairs that owe them more than this SHARE are done in double precision
 TILE = {"cpu": (16, 2**16), "cuda": (64, 2**20)}  # rows of a tile; columns times positions
 SIDE = 2**28                                    # bytes of prepared images
 COMPILE_FROM = 10**10                           # pairs times positions times layers from which compiling, some 10 s, pays
 
-# %% ../nbs/11_cntk.ipynb #db392da9
+# %% ../nbs/11_cntk.ipynb #0e82650b
 def _first_layer(w, a, b, relu=_relu):
     "From minus the correlations `w` `(h, w, n, m)` and norms: pi S, pi T, and the energy of positions where patches almost coincide, `(n, m)`."
     scale = a * b
@@ -148,7 +148,7 @@ def _next_layer(S, T, a, b, ia, ib, size, relu=_relu):
     T += S
     return relu((S * ia).mul_(ib).clamp_(-1, 1), T, a * b)
 
-# %% ../nbs/11_cntk.ipynb #44c968cf
+# %% ../nbs/11_cntk.ipynb #2a36646c
 # acos(1 - v) = sqrt(v) P(v) and pi k1(1 - v) = pi (1 - v) + v sqrt(v) Q(v) for 0 <= v <= 1, to 2e-7: coefficients of P and Q
 ARC = [(1.414213679, 0.9428090404), (0.1178400308, 0.04713939482), (0.02668999519, 0.007592716948), (0.00689673, 0.001658286), (0.0053143, 0.000742258), (-0.0023663, -0.0001762), (0.0022076, 0.00023447)]
 
@@ -165,7 +165,7 @@ def _fused_relu(w, T, scale):
         return S * scale, -w * k * scale
     return S * scale, T * k
 
-# %% ../nbs/11_cntk.ipynb #28295819
+# %% ../nbs/11_cntk.ipynb #ed8fe4c0
 @functools.cache
 def compiled_layers():
     "`_first_layer` and `_next_layer` compiled for float32, or None where torch.compile does not work. Takes some seconds, once per process."
@@ -179,7 +179,7 @@ def compiled_layers():
     except Exception:  # no compiler, or a platform that torch.compile does not know
         return None
 
-# %% ../nbs/11_cntk.ipynb #d3d11ed6
+# %% ../nbs/11_cntk.ipynb #0e470e0a
 PLAIN = _first_layer, _next_layer
 
 
@@ -197,7 +197,7 @@ def _recursion(kernel, left, right, layers=PLAIN):
     scale = math.pi**-kernel.depth
     return S.sum((0, 1)) * scale, T.sum((0, 1)) * scale, near, energy(0), energy(-1)
 
-# %% ../nbs/11_cntk.ipynb #26195321
+# %% ../nbs/11_cntk.ipynb #d68456e5
 def _meetings(kernel, left, right):
     "Yields the parts of both sides that meet at each displacement, and where the left part lies. Without pooling that is all of both."
     h, w = left.norms[-1].shape[:2]
@@ -219,7 +219,7 @@ def _tile(kernel, left, right, tangent, layers=PLAIN):
     count = math.prod(left.norms[-1].shape[:2])**(1 + kernel.pooling)
     return (S + T if tangent else S) / count, near / first * last * kernel.depth > SHARE * T.abs()
 
-# %% ../nbs/11_cntk.ipynb #8e699a95
+# %% ../nbs/11_cntk.ipynb #4042c7b7
 def _check_images(kernel, x, name):
     x = as_tensor(x, name, None).detach()
     if x.ndim != 4: raise ValueError(f"{name} must have 4 axes (images, channels, rows, columns), got shape {tuple(x.shape)}; add a channel axis with {name}[:, None], or reshape flat rows.")
@@ -229,7 +229,7 @@ def _check_images(kernel, x, name):
                          'Take larger images, fewer layers, smaller patches or padding="zero".')
     return x
 
-# %% ../nbs/11_cntk.ipynb #f5b4ea0c
+# %% ../nbs/11_cntk.ipynb #1b01442e
 def _root(M: torch.Tensor) -> torch.Tensor:
     "The root of a checked `M` in double precision; what rounding has left below 0 counts as 0."
     if M.ndim == 1: return M.double().clamp(min=0).sqrt()
@@ -248,7 +248,7 @@ def _inputs(kernel, x, z, M, name):
     M = check_metric(M, X.shape[1] * kernel.patch_size**2, M.to(X.device))        # as exact as its own dtype
     return X, Z, _root(M)
 
-# %% ../nbs/11_cntk.ipynb #2ecd8a80
+# %% ../nbs/11_cntk.ipynb #2394adba
 def _tiles(kernel, X, Z, root, symmetric):
     "Yields (rows, columns, side, side) of tiles that stay in cache; sides are prepared for as many images as SIDE bytes hold."
     h, w, _, q = kernel.patches(X[:1]).shape
@@ -269,7 +269,7 @@ def _tiles(kernel, X, Z, root, symmetric):
                     J = slice(J.start + first, J.stop + first)
                     yield slice(above.start + I.start, above.start + I.stop), slice(beside.start + J.start, beside.start + J.stop), left[I], right[J]
 
-# %% ../nbs/11_cntk.ipynb #1faff3ab
+# %% ../nbs/11_cntk.ipynb #e40fdfc1
 def _layers(kernel, X, Z, symmetric):
     "Compiled layers where they save more time than compiling takes, else the plain ones."
     h, w = kernel.patches(X[:1]).shape[:2]
@@ -286,7 +286,7 @@ def _mirror(kernel, out, X, root, tangent):
             a = Images.of(kernel, X[rows], None if root is None else root.to(X.dtype)).norms[-1].square().mean((0, 1))
             out[rows, rows].diagonal().copy_(a * (kernel.depth + 1 if tangent else 1))
 
-# %% ../nbs/11_cntk.ipynb #73de10be
+# %% ../nbs/11_cntk.ipynb #cb6793f2
 def _gram(kernel, x, z, M, tangent):
     X, Z, root = _inputs(kernel, x, z, M, "z")
     need, free = len(X) * len(Z) * X.element_size(), free_memory(X.device)
@@ -306,7 +306,7 @@ def _gram(kernel, x, z, M, tangent):
         if z is None: _mirror(kernel, out, X, root, tangent)
     return like(out, x)
 
-# %% ../nbs/11_cntk.ipynb #d3995636
+# %% ../nbs/11_cntk.ipynb #2cbe4329
 def _backward(kernel, left, right, coef, g, da):
     "Add to `g` what reaches the patches through the products, and to `da[l]` what reaches the norms of each layer."
     u, kept = left.unit @ right.unit.mT, []
@@ -332,7 +332,7 @@ def _backward(kernel, left, right, coef, g, da):
     weights = (dS * right.norms[0][..., None, :])[..., None, :] * coef.T                 # (h, w, n, outputs, m)
     g += (weights.flatten(2, 3) @ right.unit).unflatten(2, weights.shape[2:4])
 
-# %% ../nbs/11_cntk.ipynb #15382fe7
+# %% ../nbs/11_cntk.ipynb #ca3a37f6
 def _finish(kernel, left, g, da):
     "Add to `g` what reaches the patches through the norms."
     total = 0
@@ -341,7 +341,7 @@ def _finish(kernel, left, g, da):
         if l: total = kernel.box_transposed(total)
     return g.addcmul_((2 * total * left.norms[0][..., None])[..., None], left.unit[..., None, :])
 
-# %% ../nbs/11_cntk.ipynb #9e7a9219
+# %% ../nbs/11_cntk.ipynb #1508f920
 def _gradients(kernel, x, centers, coef, M=None, size=8):
     "Yields, for consecutive blocks of images, the gradients of all outputs at all patches, `(h, w, images, outputs, q)`, still without their last factor; and that factor, the root of M."
     X, Z, root = _inputs(kernel, x, centers, M, "centers")
@@ -360,7 +360,7 @@ def _gradients(kernel, x, centers, coef, M=None, size=8):
                 for a, b, place in _meetings(kernel, left, right): _backward(kernel, a, b, alpha, g[place], [t[place] for t in da])
             yield _finish(kernel, left, g, da).mul_(X.shape[1]**-0.5 / math.prod(left.norms[-1].shape[:2])**(1 + kernel.pooling)), root
 
-# %% ../nbs/11_cntk.ipynb #12716ae2
+# %% ../nbs/11_cntk.ipynb #64cef89f
 def patch_agop(kernel: CNTK,   # the kernel of the machine
                x,              # images at which gradients are taken, `(n, c, h, w)`
                centers,        # images the machine was trained on, `(m, c, h, w)`

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROLES', 'WIDTHS', 'COUNTS', 'ROOM', 'NUMBERS', 'Tap', 'Site', 'nfa', 'summary', 'plot']
 
-# %% ../nbs/05_nfa.ipynb #21826acf
+# %% ../nbs/05_nfa.ipynb #2c62926a
 import math
 import numbers
 import re
@@ -29,7 +29,7 @@ from .agop import _check_mode, _distributed, _sum
 from .kernels import blocks
 from .rnns import explicit
 
-# %% ../nbs/05_nfa.ipynb #0d7d3e8b
+# %% ../nbs/05_nfa.ipynb #aeba7da1
 @dataclass(eq=False)
 class Tap:
     "One place where a weight acts, and the sums of outer products of the gradients seen there."
@@ -64,7 +64,7 @@ class Tap:
         z = (rows[0] if len(rows) == 1 else torch.cat(rows)).transpose(0, 1)
         return z.transpose(1, 2) @ z
 
-# %% ../nbs/05_nfa.ipynb #ffbd152b
+# %% ../nbs/05_nfa.ipynb #08e57c69
 ROLES = [  # (end of the module's name, kinds that share its rows, whether each is split into heads)
     (r"(c_attn|in_proj|qkv|qkv_proj|Wqkv)$", ("query", "key", "value"), True),
     (r"(\.|^)(q|q_proj|query|q_lin|q_attn|to_q|query_proj)$", ("query",), True),
@@ -90,7 +90,7 @@ def _blocks(name, module, parent, d_out, kind):
     if not heads or rows % heads: return [(k, None) for k in kinds]
     return [(k, h) for k in kinds for h in range(heads)]
 
-# %% ../nbs/05_nfa.ipynb #10ccde61
+# %% ../nbs/05_nfa.ipynb #e3df7fd2
 def _weight(module):
     "() -> weight as `(g, d_out / g, d_in / g)`, read when it is needed: parametrised weights are computed anew."
     if isinstance(module, nn.modules.conv._ConvNd): return lambda: module.weight.detach().flatten(1).unflatten(0, (module.groups, -1))
@@ -106,7 +106,7 @@ def _tap(name, module, parent):
     share = _blocks(name, module, parent, g * rows, "conv" if conv else "linear")
     return Tap(name or type(module).__name__, _weight(module), share, -1 - len(module.kernel_size) if conv else -1, inner=not conv and len(share) == 1 and columns < rows)
 
-# %% ../nbs/05_nfa.ipynb #743c4309
+# %% ../nbs/05_nfa.ipynb #4817bfc8
 def _open_attention(name, m):
     "Taps and a forward for nn.MultiheadAttention in which query, key and value are seen."
     stacked = lambda: m.in_proj_weight.chunk(3) if m._qkv_same_embed_dim else (m.q_proj_weight, m.k_proj_weight, m.v_proj_weight)
@@ -124,7 +124,7 @@ def _open_attention(name, m):
         return m.out_proj(out.transpose(0, 1) if turn else out), weights
     return taps, forward
 
-# %% ../nbs/05_nfa.ipynb #b8b7b646
+# %% ../nbs/05_nfa.ipynb #26beac44
 @contextmanager
 def _watching(model):
     "The taps of a model, while its forward passes mark them."
@@ -160,7 +160,7 @@ def _watching(model):
         for p in wanted: p.requires_grad_(True)
         torch.backends.mha.set_fastpath_enabled(fast)
 
-# %% ../nbs/05_nfa.ipynb #43d5391b
+# %% ../nbs/05_nfa.ipynb #e71fa117
 ROOM = 2**26  # bytes of marked activations that the copies of a batch may take; more only leaves the caches
 
 
@@ -212,7 +212,7 @@ def _outputs(model, batch, output):
     if not y.requires_grad: raise ValueError("no gradient path from the outputs back to any weight: look for detach, no_grad, argmax or numpy in the model or in output.")
     return y.reshape(len(y), -1) if y.ndim else y * len(_first(batch))      # a mean over samples: each counts fully
 
-# %% ../nbs/05_nfa.ipynb #b547126b
+# %% ../nbs/05_nfa.ipynb #62f0b9cc
 def _seeds(y, copies, start, live, generator):
     "What each copy pulls back: an output of its own, or random signs; copies beyond `live` nothing."
     if not y.ndim: return torch.ones_like(y)
@@ -277,7 +277,7 @@ def _blame(model, batch):
     bad = [] if (t := _first(batch)) is None or not t.is_floating_point() or torch.isfinite(t).all() else ["the data"]
     return f"values that are not finite (NaN or infinite) come out of {(bad + found + ['the output'])[0]!r} first."
 
-# %% ../nbs/05_nfa.ipynb #0af9b8fa
+# %% ../nbs/05_nfa.ipynb #068fb48e
 @dataclass(eq=False)
 class Site:
     "One weight `W` (one head of it) with the second moments of what flowed back to it."
@@ -309,7 +309,7 @@ class Site:
     @property
     def reached(self) -> bool: return bool(self.moments.any())
 
-# %% ../nbs/05_nfa.ipynb #561f42bd
+# %% ../nbs/05_nfa.ipynb #3e864345
 def _frame(site):
     "Singular values s `(r,)`, V^T 1 `(r,)`, and the function that takes moments to K `(r, r)`."
     g, rows, columns = site.weight.shape
@@ -341,7 +341,7 @@ def _rotation(r, generator, like):
     Q, R = torch.linalg.qr(torch.randn(r, r, generator=generator, dtype=torch.float64))
     return (Q * R.diagonal().sign()).to(like)
 
-# %% ../nbs/05_nfa.ipynb #48f76ce5
+# %% ../nbs/05_nfa.ipynb #7a37efde
 def _compare(site, first, rotations, generator):
     "The numbers of one row: this site, and the same site of the initial network."
     (s, ones, reduce), n, row = _frame(site), (site.weight.shape[0] * site.weight.shape[2])**2, {}
@@ -364,7 +364,7 @@ def _compare(site, first, rotations, generator):
         row["pearson_weights"] = _ratios(dot, (s * ones).square().sum(), (other[0] * other[1]).square().sum(), s.pow(4).sum(), other[0].pow(4).sum(), n)[0]
     return row
 
-# %% ../nbs/05_nfa.ipynb #5700896f
+# %% ../nbs/05_nfa.ipynb #df0e8184
 def _batches(data, size, weight):
     "Batches on the model's device and in its dtype."
     whole = isinstance(data, (torch.Tensor, np.ndarray, Mapping))
@@ -413,7 +413,7 @@ def _shares(tap):
     W = tap.weight().double()
     return [W] if len(tap.blocks) == 1 else W.reshape(len(tap.blocks), 1, -1, W.shape[2])
 
-# %% ../nbs/05_nfa.ipynb #a09b92be
+# %% ../nbs/05_nfa.ipynb #3fc5a97b
 def nfa(model: nn.Module,          # in eval mode; samples must not influence each other
         data,                      # tensor, array or dict of them (samples first), or a loader of such batches; of a tuple the first element goes to the model
         *,
@@ -452,7 +452,7 @@ def nfa(model: nn.Module,          # in eval mode; samples must not influence ea
 
 NUMBERS = ["pearson", "cosine", "pearson_init", "cosine_init", "pearson_weights", "pearson_forced", "error"]
 
-# %% ../nbs/05_nfa.ipynb #3b78de0d
+# %% ../nbs/05_nfa.ipynb #898cbffa
 def summary(table: pd.DataFrame,   # what `nfa` returns
             by: str = "kind"
             ) -> pd.DataFrame:     # one row per kind, and one for all: number of sites, mean and lowest pearson, mean of the controls

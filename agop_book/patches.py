@@ -6,7 +6,7 @@
 __all__ = ['SMALL_VGGS', 'Pixels', 'CifarResNet', 'cifar_resnet', 'squeezenet', 'SmallVGG', 'CNN', 'cnn', 'as_photos',
            'PatchOperator', 'patch_operators', 'layer_grid', 'edge_filters', 'most_like']
 
-# %% ../nbs/07_cnns.ipynb #3f087693
+# %% ../nbs/07_cnns.ipynb #c0a8b31c
 import difflib
 import math
 import pickle
@@ -32,7 +32,7 @@ from .figures import device, pick
 from .mlps import _seeded, trained
 from .nfa import nfa
 
-# %% ../nbs/07_cnns.ipynb #e74d19ff
+# %% ../nbs/07_cnns.ipynb #f4ae1a9f
 class Pixels(nn.Module):
     "RGB images `(n, c, h, w)` in [0, 1] to what a network was trained on: (x - mean) / std for each channel."
 
@@ -42,7 +42,7 @@ class Pixels(nn.Module):
 
     def forward(self, x): return (x - self.mean) / self.std
 
-# %% ../nbs/07_cnns.ipynb #37df86e8
+# %% ../nbs/07_cnns.ipynb #14c95b48
 def _weights(file, url=None, download=False):
     "State dict in the folder `weights` of a data root; with `download`, from `url`, whose file name holds its checksum."
     folders = [folder / "weights" for _, folder in data_roots()]
@@ -55,7 +55,7 @@ def _weights(file, url=None, download=False):
     try: return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error: raise UnreadableData(f"{path}: not a readable file of weights ({error}); get it again") from error
 
-# %% ../nbs/07_cnns.ipynb #62573b20
+# %% ../nbs/07_cnns.ipynb #378f6d50
 class _Block(nn.Module):
     def __init__(self, c_in, c_out, stride):
         super().__init__()
@@ -83,7 +83,7 @@ class CifarResNet(nn.Module):
         x = F.relu(self.bn1(self.conv1(self.pixels(x))))
         return self.linear(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
 
-# %% ../nbs/07_cnns.ipynb #5fa256c1
+# %% ../nbs/07_cnns.ipynb #7ade567b
 _RESNETS = {20: "resnet20-12fca82f.th", 32: "resnet32-d509ac18.th", 56: "resnet56-4bfd9763.th"}
 _RESNETS_URL = "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/"
 
@@ -101,7 +101,7 @@ def cifar_resnet(depth: int = 20,           # 20, 32 or 56 with trained weights
         net.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
     return net.eval()
 
-# %% ../nbs/07_cnns.ipynb #0f1da407
+# %% ../nbs/07_cnns.ipynb #ac49ed4e
 def _torchvision_models():
     try: from torchvision import models
     except ImportError as error: raise ImportError('this network needs torchvision, which is not installed: pip install "agop_book[vision]"') from error
@@ -119,7 +119,7 @@ def squeezenet(pretrained: bool = True,   # False: freshly initialised
     mean, unit = [v / 255 for v in (124, 117, 104)], (1 / 255,) * 3
     return nn.Sequential(OrderedDict(pixels=Pixels(mean, unit), features=features, pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten())).eval()
 
-# %% ../nbs/07_cnns.ipynb #dad5fb8b
+# %% ../nbs/07_cnns.ipynb #bf2ccc2c
 class SmallVGG(nn.Sequential):
     "Six convolutions and two dense layers; images `(n, channels, h, w)` of at least 8 pixels a side to `(n, classes)`."
 
@@ -146,7 +146,7 @@ def _small_vgg(name):
                               lr=5e-3, batch_size=batch, max_epochs=epochs, iterator_train__shuffle=True, train_split=None, callbacks=[schedule], verbose=0, device=str(device()))
     return trained(name, net, train.x, train.y), train
 
-# %% ../nbs/07_cnns.ipynb #7489d8d5
+# %% ../nbs/07_cnns.ipynb #b1a7a81c
 class CNN(NamedTuple):
     "A network in eval mode, RGB images `(n, c, h, w)` in [0, 1] to run it on, and what both are, for captions."
     model: nn.Module
@@ -189,7 +189,7 @@ def cnn(name: str,                 # "resnet20", "resnet32", "resnet56" (CIFAR-1
     images = torch.from_numpy(data.subset(min(n, len(data)), random_state).x)
     return CNN(model.to(device()), images.to(device()), f"{who if pretrained else 'untrained ' + who.split(' (')[0].removesuffix(' trained on').removesuffix(' on') + ' on'} {data.label}")
 
-# %% ../nbs/07_cnns.ipynb #b2b75a09
+# %% ../nbs/07_cnns.ipynb #186fbe56
 def as_photos(images,              # path, PIL image, or array or tensor (h, w), (h, w, c), (c, h, w), (n, h, w, c), (n, c, h, w) with c = 1 (grey), 3 (RGB) or 4 (RGBA); uint8, or floats in [0, 1]
               channels: int = 3    # 3, or 1 for grey
               ) -> torch.Tensor:   # float32 (n, channels, h, w) in [0, 1]; what was transparent is white
@@ -212,7 +212,7 @@ def as_photos(images,              # path, PIL image, or array or tensor (h, w),
     if x.shape[1] == 4: x = x[:, :3] * x[:, 3:] + 1 - x[:, 3:]
     return x.expand(-1, 3, -1, -1) if channels == 3 and x.shape[1] == 1 else x.mean(1, keepdim=True) if channels == 1 else x
 
-# %% ../nbs/07_cnns.ipynb #119acb0c
+# %% ../nbs/07_cnns.ipynb #42e45207
 class _Reached(Exception):
     "The layer was reached; the rest of the forward pass is not needed."
 
@@ -268,7 +268,7 @@ class PatchOperator:
         "A photograph beside what is seen of it (arguments of `see`). Returns the Figure."
         return layer_grid([self], [photo], direction=direction)
 
-# %% ../nbs/07_cnns.ipynb #99d35d8b
+# %% ../nbs/07_cnns.ipynb #1d16d0cc
 def patch_operators(model: nn.Module,    # in eval mode, taking images `(n, c, h, w)`
                     images,              # as in `as_photos`: what the AGOP averages over
                     layers=None,         # name of a convolution, or list of names; None: all of them
@@ -287,7 +287,7 @@ def patch_operators(model: nn.Module,    # in eval mode, taking images `(n, c, h
     agops = {site.name: site for site in sites if site.name in wanted}
     return {name: PatchOperator(name, model, convs[name], agops[name].agop().cpu()) for name in convs if name in wanted}
 
-# %% ../nbs/07_cnns.ipynb #9ddc0292
+# %% ../nbs/07_cnns.ipynb #3d3f28a1
 def _overlay(ax, photo, seen):
     "A view in colour over a grey photograph `(c, h, w)`; what is hardly seen stays grey."
     low, high = seen.min(), torch.quantile(seen.flatten()[::max(1, seen.numel() // 100_000)], 0.995)
@@ -318,7 +318,7 @@ def layer_grid(operators,                 # `PatchOperator`s: a list, or what `p
             if i == 0: ax.set_title(op.name, fontsize=8)
     return fig
 
-# %% ../nbs/07_cnns.ipynb #f6cc8952
+# %% ../nbs/07_cnns.ipynb #6ff0d55c
 def edge_filters(channels: int = 3, size: int = 3) -> dict:
     "Textbook detectors by name: unit patches `(channels, size, size)` of edges, bars, spots and colours (one channel: grey only)."
     if size < 3: raise ValueError(f"size={size}: patches of fewer than 3 x 3 pixels hold no edges")

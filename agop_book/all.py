@@ -5,14 +5,23 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/index.ipynb #f3990610
-import agop_book.agop, agop_book.data, agop_book.figures, agop_book.kernels, agop_book.rfm
+# %% ../nbs/index.ipynb #a86b54a0
+import agop_book.agop, agop_book.attention, agop_book.cntk, agop_book.convrfm, agop_book.data, agop_book.figures, agop_book.kernels
+import agop_book.mlps, agop_book.nfa, agop_book.patches, agop_book.rfm, agop_book.rnns
 from .kernels import *
 from .agop import *
 from .rfm import *
+from .nfa import *
+from .mlps import *
+from .patches import *
+from .rnns import *
+from .attention import *
+from .cntk import *
+from .convrfm import *
 from .data import *
 from .figures import *
 
-# %% ../nbs/index.ipynb #82839736
-_modules = [agop_book.kernels, agop_book.agop, agop_book.rfm, agop_book.data, agop_book.figures]
+# %% ../nbs/index.ipynb #15ec811f
+_modules = [agop_book.kernels, agop_book.agop, agop_book.rfm, agop_book.nfa, agop_book.mlps, agop_book.patches, agop_book.rnns, agop_book.attention,
+            agop_book.cntk, agop_book.convrfm, agop_book.data, agop_book.figures]
 __all__ = [name for module in _modules for name in module.__all__]

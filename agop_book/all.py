@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/index.ipynb #a86b54a0
+# %% ../nbs/index.ipynb #5e9fbd0d
 import agop_book.agop, agop_book.attention, agop_book.cntk, agop_book.convrfm, agop_book.data, agop_book.figures, agop_book.kernels
 import agop_book.mlps, agop_book.nfa, agop_book.patches, agop_book.rfm, agop_book.rnns
 from .kernels import *
@@ -21,7 +21,7 @@ from .convrfm import *
 from .data import *
 from .figures import *
 
-# %% ../nbs/index.ipynb #15ec811f
+# %% ../nbs/index.ipynb #c01ca668
 _modules = [agop_book.kernels, agop_book.agop, agop_book.rfm, agop_book.nfa, agop_book.mlps, agop_book.patches, agop_book.rnns, agop_book.attention,
             agop_book.cntk, agop_book.convrfm, agop_book.data, agop_book.figures]
 __all__ = [name for module in _modules for name in module.__all__]

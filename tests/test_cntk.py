@@ -116,7 +116,7 @@ def test_single_precision_of_images_that_nearly_coincide(noise):
 def test_many_tiles_give_what_one_tile_gives(monkeypatch):
     x, z = torch.rand(37, 2, 9, 8, dtype=torch.float64), torch.rand(23, 2, 9, 8, dtype=torch.float64)
     K, L, g = CNTK(2)(x, z), CNTK(2)(x), CNTK(2).gradient(x, z, torch.ones(23))
-    monkeypatch.setattr(cntk, "TILE", {"cpu": (4, 1)})
+    monkeypatch.setattr(cntk, "CONV_TILE", {"cpu": (4, 1)})
     monkeypatch.setattr(cntk, "SIDE", 1)
     assert torch.allclose(CNTK(2)(x, z), K, rtol=1e-12) and torch.allclose(CNTK(2)(x), L, rtol=1e-12)
     assert torch.allclose(CNTK(2).gradient(x, z, torch.ones(23)), g, atol=1e-12)

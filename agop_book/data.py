@@ -436,6 +436,7 @@ def _malformed(path, line, what): return UnreadableData(f"{path}, line {line}: {
 
 def _task_table(path, n, d, classes):
     "Features and classes of one `*_R.dat`; the first column counts the rows, the last is the class."
+    if not path.is_file(): raise UnreadableData(f"{path.parent}: no {path.name}, which the task's description names: get the folder again")
     lines = path.read_text(encoding="latin-1").splitlines()[1:]
     try: table = np.loadtxt(lines, ndmin=2) if lines else np.empty((0, 0))
     except ValueError: table = np.empty((0, 0))
@@ -464,6 +465,8 @@ def read_task(folder):
     "Read one task of the 121 from its folder, checking every size that its files state."
     folder = Path(folder)
     info = folder / f"{folder.name}.txt"
+    for path in (info, folder / "conxuntos.dat", folder / "conxuntos_kfold.dat"):
+        if not path.is_file(): raise UnreadableData(f"{folder}: no {path.name}; a task has {info.name}, its *_R.dat, conxuntos.dat and conxuntos_kfold.dat: get the folder again")
     facts = dict(re.findall(r"^\s*(\w+)\s*=\s*(\S+)", info.read_text(encoding="latin-1"), re.M))
     def number(key):
         if not facts.get(key, "").isdigit(): raise _malformed(info, 1, f"no integer {key}= in this file (it has {facts.get(key)!r})")
@@ -471,6 +474,8 @@ def read_task(folder):
     d, classes, n = number("n_entradas"), number("n_clases"), number("n_patrons1")
     tables = [_task_table(folder / facts.get(f"fich{k}", f"{folder.name}_R.dat"), number(f"n_patrons{k}"), d, classes)
               for k in range(1, number("n_arquivos") + 1)]
+    absent = set(range(classes)) - set(np.concatenate([y for _, y in tables]).tolist())
+    if absent: raise _malformed(info, 1, f"n_clases= {classes}, but no row is of class {min(absent)}")
     train, validation = _task_indices(folder / "conxuntos.dat", 2, n)
     folds = _task_indices(folder / "conxuntos_kfold.dat", 8, n)
     return Task(folder.name, *tables[0], classes, train, validation, list(zip(folds[::2], folds[1::2])), *(tables[1] if len(tables) > 1 else ()))

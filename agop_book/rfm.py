@@ -229,7 +229,7 @@ class _RFM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         start, last, top = time.perf_counter(), M, -np.inf
         for t, (coef, M, used) in enumerate(steps, done):
             row = {"round": t, "train_score": self._score(Y, Y - used * coef), "val_score": np.nan, "reg": used}
-            if X_val is not None: row["val_score"] = self._score(y_val, KernelMachine(kernel, X, coef, M)(torch.from_numpy(X_val).to(X)).cpu())
+            if X_val is not None: row["val_score"] = self._score(y_val, KernelMachine(kernel, X, coef, M)(torch.from_numpy(np.array(X_val)).to(X)).cpu())
             ones = X.new_ones(X.shape[1])
             now, before = (ones if m is None and self.diag else torch.diag(ones) if m is None else m for m in (M, last))
             row["alignment"] = cosine(now, before) if now.any() and before.any() else np.nan

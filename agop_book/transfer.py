@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODES', 'normalised', 'mix', 'rotated', 'TransferRFM', 'transfer']
 
-# %% ../nbs/14_transfer.ipynb #8de1001c
+# %% ../nbs/14_transfer.ipynb #46b6dbbf
 import numbers
 
 import numpy as np
@@ -20,11 +20,12 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
+from .cntk import _check_images
 from .convrfm import _ConvRFM
 from .kernels import as_tensor, check_metric
 from .rfm import _RFM, _is, _to_numpy
 
-# %% ../nbs/14_transfer.ipynb #02fa6176
+# %% ../nbs/14_transfer.ipynb #0b0e5d46
 def normalised(M: np.ndarray,  # (p, p), or (p,) a diagonal
                Z: np.ndarray   # (n, p), what M is applied to: centred rows, or patches
                ) -> np.ndarray:
@@ -36,7 +37,7 @@ def normalised(M: np.ndarray,  # (p, p), or (p,) a diagonal
         raise ValueError("source puts all its weight on features that do not vary in X, so every distance would be zero; pass identity above 0 and power=0, or another source.")
     return M * (plain / seen)
 
-# %% ../nbs/14_transfer.ipynb #5b778df1
+# %% ../nbs/14_transfer.ipynb #71a683ec
 def mix(source: np.ndarray,      # (p, p), or (p,) a diagonal, in the units of the identity
         own: np.ndarray = None,  # the same of the target
         weight: float = 1.0,     # of the source against `own`
@@ -46,14 +47,14 @@ def mix(source: np.ndarray,      # (p, p), or (p,) a diagonal, in the units of t
     M = source if own is None else weight * source + (1 - weight) * own
     return (1 - identity) * M + identity * (np.ones(len(M)) if M.ndim == 1 else np.eye(len(M)))
 
-# %% ../nbs/14_transfer.ipynb #9e4ddbe5
+# %% ../nbs/14_transfer.ipynb #12445e93
 def rotated(M: np.ndarray,     # (d, d), or (d,) a diagonal
             random_state=None):
     "Q M Q^T `(d, d)` for a Haar-distributed orthogonal Q: the spectrum of `M` in random directions."
     Q = ortho_group.rvs(len(M), random_state=random_state)
     return (Q * M if M.ndim == 1 else Q @ M) @ Q.T
 
-# %% ../nbs/14_transfer.ipynb #684b0978
+# %% ../nbs/14_transfer.ipynb #6ec4401f
 def _frame(learner, X):
     "What a matrix for `learner` is applied to on `X`: centred rows, or the patches of up to 64 images; and how to say it."
     if not isinstance(learner, _ConvRFM):
@@ -63,7 +64,7 @@ def _frame(learner, X):
     rows, (kernel, _) = learner._rows(X, True), learner._check_params()
     rows = check_array(rows, dtype=[np.float64, np.float32], ensure_min_samples=2, input_name="X")
     images = learner._images(rows[np.linspace(0, len(rows) - 1, min(len(rows), 64)).astype(int)], "cpu")
-    channels, size = images.shape[1], kernel.patch_size
+    channels, size = _check_images(kernel, images, "X").shape[1], kernel.patch_size
     return kernel.patches(images).flatten(0, 2).numpy(), f"patches of X hold {channels} x {size} x {size} = {channels * size**2} numbers (channels, rows, columns)"
 
 
@@ -96,8 +97,8 @@ def _power(M, p):
 
 def _checked(M, d, said, diag):
     "`M`, largest entry 1, as float64; see `_matrix_of`."
-    try: M = as_tensor(M, "source", None).double()
-    except TypeError: raise TypeError(f"source must be a fitted RFM or ConvRFM, or a matrix, got {M!r}.") from None
+    if np.ndim(M) == 0: raise TypeError(f"source must be a fitted RFM or ConvRFM estimator, or a matrix, got {M!r}.")
+    M = as_tensor(M, "source", None).double()
     if M.shape not in ((d,), (d, d)): raise ValueError(f"source holds a matrix of shape {tuple(M.shape)}, but {said}; it must be ({d}, {d}), or ({d},) for a diagonal. Bring both tasks to the same features.")
     M = M / M.abs().max().clamp(min=torch.finfo(M.dtype).tiny)
     try: check_metric(M.float(), d, M.float())                  # it may have been learned in single precision
@@ -107,7 +108,7 @@ def _checked(M, d, said, diag):
     if diag and M.ndim == 2: raise ValueError(f"source holds a full matrix {M.shape}, but learner has diag=True; pass source=M.diagonal(), or a learner with diag=False.")
     return np.diag(M) if M.ndim == 1 and not diag else M
 
-# %% ../nbs/14_transfer.ipynb #809fe17b
+# %% ../nbs/14_transfer.ipynb #6aa0fe69
 MODES = ("fixed", "blend", "initial")
 
 
@@ -182,16 +183,16 @@ class TransferRFM(MetaEstimatorMixin, BaseEstimator):
             self.cv_results_ = self._search(learner, source, X, y, options, rounds)
             best = self.cv_results_.loc[self.cv_results_["mean"].idxmax(), ["weight", "identity", "power", "n_iter"]].tolist()
         self.weight_, self.identity_, self.power_, self.n_iter_ = *map(float, best[:3]), int(best[3])
-        self.M0_ = mix(*self._ends(learner, source, X, y, self.power_), self.weight_, self.identity_)
+        self.M0_ = mix(*self._ends(learner, _power(source, self.power_), X, y, self.power_), self.weight_, self.identity_)
         self.learner_ = clone(learner).set_params(n_iter=self.n_iter_).fit(X, y, M=self.M0_)
         return self
 
     def _ends(self, learner, source, X, y, power, own=None):
-        "What is mixed, on common units: the power of the source's matrix, and in a blend that of the target's own."
+        "What is mixed, on common units: the source's matrix, already to its power, and in a blend the same power of the target's own."
         Z, _ = _frame(learner, X)
-        if self.mode != "blend": return normalised(_power(source, power), Z), None
+        if self.mode != "blend": return normalised(source, Z), None
         own = clone(learner).fit(X, y).M_ if own is None else own
-        return tuple(normalised(_power(M, power), Z) for M in (source, own))
+        return normalised(source, Z), normalised(_power(own, power), Z)
 
     def _folds(self, learner, X, y):
         if not is_classifier(learner): return KFold(self.cv, shuffle=True, random_state=self.random_state).split(np.zeros(len(y)))
@@ -202,11 +203,11 @@ class TransferRFM(MetaEstimatorMixin, BaseEstimator):
         return StratifiedKFold(self.cv, shuffle=True, random_state=self.random_state).split(np.zeros(len(y)), y)
 
     def _search(self, learner, source, X, y, options, rounds):
-        scores = []
+        scores, powers = [], {p: _power(source, p) for *_, p in options}
         for fold in self._folds(learner, X, y):
             (A, B), (a, b) = ([_safe_indexing(t, rows) for rows in fold] for t in (X, y))
             own = clone(learner).fit(A, a).M_ if self.mode == "blend" else None
-            ends = {p: self._ends(learner, source, A, a, p, own) for p in {p for *_, p in options}}
+            ends = {p: self._ends(learner, M, A, a, p, own) for p, M in powers.items()}
             for w, s, p in options:
                 history = clone(learner).set_params(n_iter=rounds).fit(A, a, B, b, M=mix(*ends[p], w, s)).history_
                 scores += [(w, s, p, t, v) for t, v in zip(history["round"], history["val_score"])]

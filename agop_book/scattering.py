@@ -7,7 +7,7 @@ __all__ = ['SCATTERING_CHECKS', 'METRICS', 'MAP_CHECKS', 'scatter', 'check_param
            'weigh', 'next_maps_metric', 'MapRound', 'map_rounds', 'MapRFMRegressor', 'MapRFMClassifier', 'MapScaler',
            'RowSpan', 'wavelet_disk']
 
-# %% ../nbs/13_scattering.ipynb #c087d895
+# %% ../nbs/13_scattering.ipynb #c5077b6d
 import hashlib
 import math
 import numbers
@@ -36,7 +36,7 @@ from .figures import write_atomic
 from .kernels import KERNELS, Kernel, KernelMachine, Radial, Side
 from .rfm import CHECKS, RFMClassifier, RFMRegressor, _is, _to_family, _to_numpy, fill, free_memory
 
-# %% ../nbs/13_scattering.ipynb #ba857e9f
+# %% ../nbs/13_scattering.ipynb #37c9e753
 def _kymatio():
     try: from kymatio.scattering2d.filter_bank import filter_bank      # kymatio.torch does not import with scipy >= 1.17
     except ImportError as error: raise ImportError(f"Scattering takes its wavelets from kymatio, which cannot be imported ({error}): pip install kymatio") from error
@@ -84,7 +84,7 @@ def scatter(x: torch.Tensor,  # images (n, h, w)
         S2.append(torch.cat(rows, 2).flatten(1, 2))
     return torch.cat(S + S2, 1)
 
-# %% ../nbs/13_scattering.ipynb #82402b98
+# %% ../nbs/13_scattering.ipynb #455c972f
 SCATTERING_CHECKS = {  # parameter: (test, what it must be)
     "J": (lambda v: _is(v, numbers.Integral) and v >= 1, "an integer of at least 1, the number of scales"),
     "L": (lambda v: _is(v, numbers.Integral) and v >= 1, "an integer of at least 1, the number of orientations"),
@@ -114,7 +114,7 @@ def paths(J: int, L: int, order: int = 2) -> pd.DataFrame:
     second = [{"order": 2, **f, "scale2": k, "angle2": b} for f in first for k in range(f["scale1"] + 1, J) for b in angles]
     return pd.DataFrame([{"order": 0}, *[{"order": 1, **f} for f in first], *second * (order == 2)], columns=["order", "scale1", "angle1", "scale2", "angle2"])
 
-# %% ../nbs/13_scattering.ipynb #b1f55e0e
+# %% ../nbs/13_scattering.ipynb #aab92c08
 class Scattering(TransformerMixin, BaseEstimator):
     """Scattering coefficients of images as features (paper, supplementary text E; Bruna and Mallat 2013), with kymatio's wavelets.
 
@@ -137,14 +137,19 @@ class Scattering(TransformerMixin, BaseEstimator):
         self.J, self.L, self.order, self.image_shape, self.batch_size, self.cache, self.device = J, L, order, image_shape, batch_size, cache, device
 
     def _rows(self, X, fitting=False):
-        if not np.size(_to_numpy(X)): raise ValueError(f"X has shape {np.shape(X)} and holds no image; a minimum of 1 is required.")
-        return _to_numpy(X) if np.ndim(X) == 2 and not fitting else _ConvRFM._rows(self, X, fitting)     # scikit-learn compares the width of rows
+        "Checked rows of finite floats. Tables pass scikit-learn's checks first, then have to be images."
+        X = _to_numpy(X)
+        X = X if hasattr(X, "shape") else np.asarray(X)
+        checked = lambda rows: validate_data(self, rows, reset=fitting, dtype=[np.float64, np.float32])
+        if X.ndim < 3: return _ConvRFM._rows(self, checked(X), fitting)
+        if 0 in X.shape: raise ValueError(f"X has shape {X.shape} and holds no image; a minimum of 1 is required.")
+        return checked(_ConvRFM._rows(self, X, fitting))
 
     def fit(self, X, y=None):
         "Learns nothing but the shape of the images. Raises ValueError for bad parameters and for images that are too small for `J`, ImportError without kymatio."
         check_parameters(self, SCATTERING_CHECKS)
         pick_device(self.device)
-        validate_data(self, self._rows(X, True), dtype=[np.float64, np.float32])
+        self._rows(X, True)
         c, *size = self.image_shape_
         if 2**self.J > min(size):
             fits = int(math.log2(min(size)))
@@ -158,7 +163,7 @@ class Scattering(TransformerMixin, BaseEstimator):
         "Coefficients `(n, features)` of `X`, as a tensor if `X` is one."
         check_is_fitted(self)
         device = pick_device(self.device)
-        rows = validate_data(self, self._rows(X), reset=False, dtype=[np.float64, np.float32])
+        rows = self._rows(X)
         file = None if self.cache is None else Path(self.cache) / f"{self._key(rows)}.safetensors"
         out = self._cached(file)
         if out is None:
@@ -199,7 +204,7 @@ class Scattering(TransformerMixin, BaseEstimator):
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
 
-# %% ../nbs/13_scattering.ipynb #9c7af6d3
+# %% ../nbs/13_scattering.ipynb #27b56e06
 def gradient_gram(A: torch.Tensor,     # (n, n) slopes -phi'(r)/r, zero diagonal
                   coef: torch.Tensor,  # (n, c)
                   center: bool = False # covariance of the gradients instead
@@ -214,7 +219,7 @@ def gradient_gram(A: torch.Tensor,     # (n, n) slopes -phi'(r)/r, zero diagonal
         S = S - mean @ mean.T / len(A)
     return S
 
-# %% ../nbs/13_scattering.ipynb #74ee559f
+# %% ../nbs/13_scattering.ipynb #6000acac
 METRICS = ("diag", "shared", "separable")
 
 
@@ -243,7 +248,7 @@ def next_maps_metric(Z: torch.Tensor,   # (n, d) the centers, seen through the l
     D = D.unflatten(0, (channels, -1))
     return (D.sum(1)[:, None] * D.sum(0) / D.sum().clamp(min=torch.finfo(D.dtype).tiny)).flatten()
 
-# %% ../nbs/13_scattering.ipynb #f4701b7c
+# %% ../nbs/13_scattering.ipynb #c5ce7467
 class MapRound(NamedTuple):
     "One round: the plain machine on weighed rows, M and its root, the ridge used, the fitted values `(n, c)`, the score on validation rows (NaN without)."
     machine: KernelMachine
@@ -280,7 +285,7 @@ def map_rounds(kernel: Radial, X: torch.Tensor, Y: torch.Tensor, regs=(1e-3,), n
             M = None
         root = None if M is None else matrix_power(M, 0.5)
 
-# %% ../nbs/13_scattering.ipynb #8ccd65b6
+# %% ../nbs/13_scattering.ipynb #0cd9006c
 MAP_CHECKS = {
     **{name: CHECKS[name] for name in ("bandwidth", "n_iter", "center", "validation_fraction", "memory_limit")}, "reg": CONV_CHECKS["reg"],
     "metric": (lambda v: v in METRICS, f"one of {', '.join(map(repr, METRICS))}"),
@@ -372,7 +377,7 @@ class MapRFMRegressor(_MapRFM, RFMRegressor):
 class MapRFMClassifier(_MapRFM, RFMClassifier):
     "Recursive Feature Machine for classification on maps: regression on one-hot targets, the largest output wins. Parameters are those of `MapRFMRegressor`."
 
-# %% ../nbs/13_scattering.ipynb #9920c01a
+# %% ../nbs/13_scattering.ipynb #dba35f19
 class MapScaler(TransformerMixin, BaseEstimator):
     "Rows `(n, channels * positions)` minus their mean, each map divided by its root mean square over rows and positions."
 
@@ -391,7 +396,7 @@ class MapScaler(TransformerMixin, BaseEstimator):
         check_is_fitted(self)
         return (validate_data(self, X, reset=False, dtype=[np.float64, np.float32]) - self.mean_) / self.scale_
 
-# %% ../nbs/13_scattering.ipynb #873325c9
+# %% ../nbs/13_scattering.ipynb #4894943e
 class RowSpan(TransformerMixin, BaseEstimator):
     "Rotates rows `(m, d)` into the span of the training rows, `(m, r + 1)` with r < n: coordinates around their mean and, last, the distance to the span. Distances to training rows stay what they were."
 
@@ -412,7 +417,7 @@ class RowSpan(TransformerMixin, BaseEstimator):
         distance = np.linalg.norm(beyond, axis=1)
         return np.column_stack([inside, np.where(distance > 1e-3 * whole, distance, 0)]).astype(X.dtype)
 
-# %% ../nbs/13_scattering.ipynb #05416658
+# %% ../nbs/13_scattering.ipynb #aa9e933d
 def wavelet_disk(ax,                    # polar Axes
                  weights,               # one number per path, as in `paths`
                  table: pd.DataFrame,   # of `paths`

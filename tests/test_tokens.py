@@ -107,11 +107,11 @@ def test_inputs(heads):
 
 
 def test_whole_words():
-    line = "A cat didn't see the Cat, 3 cats' unbe lievable tales. The cat! " * 3
+    line = "A cat didn't see the Cat, 3 cats' unbelievable tales. The cat! " * 3
     tokens = Tokens(line, re.compile(r" didn| unbe|lievable| ?\w+|\s|[^\w\s]").findall, label="pieces")
     table = whole_words(tokens, tokens.encode(line), min_count=3)
-    assert set(table.index) == {"cat", "see", "the", "tales"} | ({"unbe"} if "unbe" in table.index else set())
-    assert "didn" not in table.index and "cats" not in table.index and table["count"].is_monotonic_decreasing
+    assert set(table.index) == {"cat", "see", "the", "tales"}
+    assert table["count"].is_monotonic_decreasing
     assert [tokens.decode([i]).strip().lower() for i in table["id"]] == list(table.index)
     with pytest.raises(ValueError, match="min_count=100"): whole_words(tokens, tokens.encode(line), min_count=100)
     with pytest.raises(ValueError, match="empty"): whole_words(tokens, [])
@@ -223,8 +223,8 @@ def test_the_picture_holds_every_letter_within_its_frame():
     shown = Coloured(re.findall(r"\s?\S+|\n", text), np.zeros(len(re.findall(r"\s?\S+|\n", text))), "title")
     fig = shown.figure(columns=60)
     letters = [t for t in fig.axes[0].texts if t.get_text() != "title"]
-    assert sorted(t.get_text() for t in letters) == sorted(text.replace(" ", "").replace("\n", ""))
-    assert all(0 < t.get_position()[0] < 60 for t in letters) and max(t.get_position()[1] for t in letters) < fig.axes[0].get_ylim()[0]
+    assert sorted("".join(t.get_text() for t in letters).replace(" ", "")) == sorted(text.replace(" ", "").replace("\n", ""))
+    assert all(0 <= t.get_position()[0] <= 60 - len(t.get_text()) for t in letters) and max(t.get_position()[1] for t in letters) < fig.axes[0].get_ylim()[0]
     plt.close(fig)
     picture = plt.imread(BytesIO(shown._repr_png_()))
     assert shown._repr_png_()[:4] == b"\x89PNG" and picture.shape[1] > picture.shape[0] > 20

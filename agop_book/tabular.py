@@ -22,7 +22,7 @@ import time
 import warnings
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from importlib import resources
+from importlib import import_module, resources
 from pathlib import Path
 
 import joblib
@@ -383,7 +383,7 @@ def main(argv=None) -> int:
     return int(results["error"].notna().any())
 
 # %% ../nbs/04_tabular.ipynb #cce18753
-if __name__ == "__main__" and "__file__" in globals(): raise SystemExit(main())
+if __name__ == "__main__" and "__file__" in globals(): raise SystemExit(import_module("agop_book.tabular").main())   # by its name, so that other processes find it
 
 # %% ../nbs/04_tabular.ipynb #ada1718a
 def wide(results: pd.DataFrame, fill: bool = False) -> pd.DataFrame:
@@ -442,7 +442,7 @@ def rank_diagram(results: pd.DataFrame, ax, alpha: float = 0.05, fill: bool = Fa
     "Mean ranks on a line, best left; a bar joins models that Nemenyi's test cannot tell apart."
     a = wide(results, fill)
     _posthocs().critical_difference_diagram(a.rank(axis=1, ascending=False).mean(), _posthocs().posthoc_nemenyi_friedman(a), ax=ax, alpha=alpha, label_fmt_left="{label} ({rank:.2f}) ",
-                                            label_fmt_right=" ({rank:.2f}) {label}")
+                                            label_fmt_right=" ({rank:.2f}) {label}", color_palette=dict.fromkeys(a, "0.25"))
     ax.set_title(f"mean rank over {len(a)} tasks; critical difference {critical_difference(a.shape[1], len(a), alpha):.2f}")
     return ax
 

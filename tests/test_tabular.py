@@ -272,9 +272,10 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
     assert out.read_bytes().startswith(before[:before.rfind(b"\n") + 1]) and results["error"].isna().all()
 
 
-def test_processes_and_order():
+def test_threads_and_order():
     tasks = [toy(40 + 20 * k, name=f"t{k}") for k in range(3)]
-    one, two = (benchmark(tasks, {"k-NN": SMALL["k-NN"]}, n_jobs=n, progress=False) for n in (1, 2))
+    with joblib.parallel_config(backend="threading"): two = benchmark(tasks, {"k-NN": SMALL["k-NN"]}, n_jobs=2, progress=False)
+    one = benchmark(tasks, {"k-NN": SMALL["k-NN"]}, progress=False)
     assert one["task"].tolist() == ["t2", "t1", "t0"] and one["accuracy"].tolist() == two["accuracy"].tolist()
     assert benchmark(tasks, {"k-NN": SMALL["k-NN"]}, max_rows=60, progress=False)["task"].tolist() == ["t1", "t0"]
 
@@ -322,6 +323,13 @@ def test_a_stored_row_can_be_had_again(monkeypatch, capsys):
     if stored is not None:
         row = stored.query("task == 'flags' and model == 'RFM' and protocol == 'published'").iloc[0]
         assert f"{row['accuracy']:.4f}"[:5] in printed
+
+
+def test_the_command_in_two_processes(tmp_path):
+    command = [sys.executable, "-m", "agop_book.tabular", "sklearn/iris", "sklearn/wine", "--model", "k-NN", "--jobs", "2", "--csv", str(tmp_path / "r.csv")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "sklearn/wine" in done.stdout and len(read_results(tmp_path / "r.csv")) == 2
 
 
 @pytest.mark.parametrize("argv, words", [(["sklearn/irsi"], "did you mean sklearn/iris"), (["sklearn/iris", "--model", "RMF"], "did you mean RFM"), ([], "AGOP_BOOK_DATA")])

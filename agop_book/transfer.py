@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODES', 'normalised', 'mix', 'rotated', 'TransferRFM', 'transfer']
 
-# %% ../nbs/14_transfer.ipynb #f22afb37
+# %% ../nbs/14_transfer.ipynb #16f2fed6
 import numbers
 
 import numpy as np
@@ -25,7 +25,7 @@ from .convrfm import _ConvRFM
 from .kernels import as_tensor, check_metric
 from .rfm import _RFM, _is, _to_numpy
 
-# %% ../nbs/14_transfer.ipynb #07d9150d
+# %% ../nbs/14_transfer.ipynb #a8fd61ea
 def normalised(M: np.ndarray,  # (p, p), or (p,) a diagonal
                Z: np.ndarray   # (n, p), what M is applied to: centred rows, or patches
                ) -> np.ndarray:
@@ -37,7 +37,7 @@ def normalised(M: np.ndarray,  # (p, p), or (p,) a diagonal
         raise ValueError("source puts all its weight on features that do not vary in X, so every distance would be zero; pass identity above 0 and power=0, or another source.")
     return M * (plain / seen)
 
-# %% ../nbs/14_transfer.ipynb #c090d9df
+# %% ../nbs/14_transfer.ipynb #17bcb059
 def mix(source: np.ndarray,      # (p, p), or (p,) a diagonal, in the units of the identity
         own: np.ndarray = None,  # the same of the target
         weight: float = 1.0,     # of the source against `own`
@@ -47,14 +47,14 @@ def mix(source: np.ndarray,      # (p, p), or (p,) a diagonal, in the units of t
     M = source if own is None else weight * source + (1 - weight) * own
     return (1 - identity) * M + identity * (np.ones(len(M)) if M.ndim == 1 else np.eye(len(M)))
 
-# %% ../nbs/14_transfer.ipynb #3ccdf232
+# %% ../nbs/14_transfer.ipynb #15fa139a
 def rotated(M: np.ndarray,     # (d, d), or (d,) a diagonal
             random_state=None):
     "Q M Q^T `(d, d)` for a Haar-distributed orthogonal Q: the spectrum of `M` in random directions."
     Q = ortho_group.rvs(len(M), random_state=random_state)
     return (Q * M if M.ndim == 1 else Q @ M) @ Q.T
 
-# %% ../nbs/14_transfer.ipynb #13602a26
+# %% ../nbs/14_transfer.ipynb #37bad3a5
 def _frame(learner, X):
     "What a matrix for `learner` is applied to on `X`: centred rows, or the patches of up to 64 images; and how to say it."
     if not isinstance(learner, _ConvRFM):
@@ -108,7 +108,7 @@ def _checked(M, d, said, diag):
     if diag and M.ndim == 2: raise ValueError(f"source holds a full matrix {M.shape}, but learner has diag=True; pass source=M.diagonal(), or a learner with diag=False.")
     return np.diag(M) if M.ndim == 1 and not diag else M
 
-# %% ../nbs/14_transfer.ipynb #bcbc51f4
+# %% ../nbs/14_transfer.ipynb #d3ac138a
 MODES = ("fixed", "blend", "initial")
 
 

@@ -6,9 +6,11 @@ _HOMES = {
     "RFMRegressor": "rfm", "RFMClassifier": "rfm", "KernelMachine": "kernels", "AGOP": "agop", "Dataset": "data",
     "Laplace": "kernels", "Gaussian": "kernels", "GeneralizedExponential": "kernels",
     "CNTK": "cntk", "ConvRFMClassifier": "convrfm", "ConvRFMRegressor": "convrfm",
+    "DeepRFMClassifier": "convrfm", "DeepRFMRegressor": "convrfm", "TransferRFM": "transfer",
+    "Scattering": "scattering", "MapRFMClassifier": "scattering", "MapRFMRegressor": "scattering",
     "Matern32": "kernels", "Matern52": "kernels", "NTK": "kernels",
 }
-_MODULES = {*_HOMES.values(), "nfa", "mlps", "patches", "rnns", "attention", "figures", "reproduce"}
+_MODULES = {*_HOMES.values(), "nfa", "mlps", "patches", "rnns", "attention", "tabular", "tokens", "figures", "reproduce"}
 __all__ = list(_HOMES)
 
 

@@ -133,6 +133,15 @@ def test_equal_and_black_images():
     assert (CNTK(3)(torch.full((2, 1, 9, 9), 0.5)) > 0).all()
 
 
+@pytest.mark.parametrize("patch_size", [1, 3])
+@pytest.mark.parametrize("metric", [False, True])
+def test_images_stay_as_they_are(patch_size, metric):
+    x = torch.rand(4, 3, 8, 8)
+    before = x.clone()
+    CNTK(2, patch_size)(x, M=torch.eye(3 * patch_size**2) if metric else None)
+    assert torch.equal(x, before)
+
+
 def test_families_of_arrays():
     x = np.random.default_rng(0).integers(0, 256, (3, 1, 8, 8), dtype=np.uint8)
     K = CNTK()(x)

@@ -7,7 +7,7 @@ __all__ = ['STAR', 'CONV_CHECKS', 'stars', 'next_metric', 'ConvMachine', 'ridge_
            'check_pairs', 'ConvRFMRegressor', 'ConvRFMClassifier', 'draw_filters', 'convolve', 'DeepRFMRegressor',
            'DeepRFMClassifier', 'noisy_frames']
 
-# %% ../nbs/12_convrfm.ipynb #6db5b79b
+# %% ../nbs/12_convrfm.ipynb #9470a374
 import json
 import numbers
 import os
@@ -34,7 +34,7 @@ from .figures import device as pick_device
 from .kernels import check_metric
 from .rfm import RFMClassifier, RFMRegressor, _is, _to_numpy, free_memory
 
-# %% ../nbs/12_convrfm.ipynb #2c23777b
+# %% ../nbs/12_convrfm.ipynb #a67a53cf
 STAR = np.array([[pixel == "#" for pixel in row] for row in ("...#...", "..###..", "#######", ".#####.", "..###..", ".#####.", ".##.##.")])
 
 
@@ -50,7 +50,7 @@ def stars(n: int,             # how many images, half of them with a star
         X[i, :2, row:row + 7, col:col + 7][:, STAR] = 1
     return X, y
 
-# %% ../nbs/12_convrfm.ipynb #4369ef30
+# %% ../nbs/12_convrfm.ipynb #5338b3fa
 def next_metric(G: torch.Tensor) -> torch.Tensor:
     "G / tr G in float64, positive semi-definite to the last bit; the released code's multiplier is its root. ValueError where G overflows; a warning and the identity where it is zero."
     if not torch.isfinite(G).all(): raise ValueError(f"the patch gradients overflow {G.dtype}; rescale X or y, or raise reg.")
@@ -59,7 +59,7 @@ def next_metric(G: torch.Tensor) -> torch.Tensor:
     warnings.warn("every gradient is zero: the fitted function is constant around the sampled images, so M becomes the identity. Check y, or raise n_grad.", stacklevel=3)
     return torch.eye(len(G), dtype=torch.float64, device=G.device) / len(G)
 
-# %% ../nbs/12_convrfm.ipynb #7776631f
+# %% ../nbs/12_convrfm.ipynb #baba0a90
 @dataclass(frozen=True)
 class ConvMachine:
     "f_c(x) = sum_i coef[i, c] k_M(centers_i, x): `centers` `(n, channels, h, w)`, `coef` `(n, c)`, `M` `(p, p)` or None."
@@ -76,7 +76,7 @@ class ConvMachine:
         "The patch-AGOP `(p, p)` of all outputs at images `x`, with respect to patches as they stand in the image."
         return patch_agop(self.kernel, x, self.centers, self.coef, self.M)
 
-# %% ../nbs/12_convrfm.ipynb #e54abfbb
+# %% ../nbs/12_convrfm.ipynb #f88553f0
 def ridge_fits(K: torch.Tensor, Y: torch.Tensor, regs) -> list:
     "Pairs `(coef, reg)` that solve (K + reg I) coef = Y for every ridge of `regs` that leaves it positive definite."
     def solve(reg):
@@ -92,7 +92,7 @@ def ridge_fits(K: torch.Tensor, Y: torch.Tensor, regs) -> list:
         fits = [fit for fit in [solve(reg)] if fit]
     return fits
 
-# %% ../nbs/12_convrfm.ipynb #a60d3b3a
+# %% ../nbs/12_convrfm.ipynb #998b9df8
 class Round(NamedTuple):
     "One round: its machine, the ridge used, the fitted values at the training images `(n, c)`, the score on validation images (NaN without)."
     machine: ConvMachine
@@ -120,7 +120,7 @@ def conv_rounds(kernel: CNTK, X: torch.Tensor, Y: torch.Tensor, regs=(1e-3,), n_
         yield Round(machine, reg, Y - reg * coef, scores[best])      # the fitted values, from the equation that was just solved
         if t < n_iter: M = next_metric(machine.patch_agop(X[rows]))
 
-# %% ../nbs/12_convrfm.ipynb #e3db291d
+# %% ../nbs/12_convrfm.ipynb #50a33827
 def _patch_size(M, channels):
     "Side of the patches that `M` `(p, p)` is for."
     side = int(round((len(M) / channels) ** 0.5))
@@ -134,7 +134,7 @@ def seen_through(images: torch.Tensor, M: torch.Tensor) -> torch.Tensor:
     share = 1 / fold(unfold(torch.ones_like(images[:1]), side), size, side)
     return torch.cat([fold(root @ unfold(part, side), size, side) * share for part in images.split(64)])
 
-# %% ../nbs/12_convrfm.ipynb #ad7c57cd
+# %% ../nbs/12_convrfm.ipynb #02c54b58
 CONV_CHECKS = {  # parameter: (test, what it must be); the kernel checks its own
     "n_iter": (lambda v: _is(v, numbers.Integral) and v >= 0, "an integer of at least 0"),
     "reg": (lambda v: len(np.ravel(v)) > 0 and all(_is(r, numbers.Real) and 0 <= r < np.inf for r in np.ravel(v).tolist()), "a finite number of at least 0, or a list of such numbers"),
@@ -156,7 +156,7 @@ def check_pairs(n: int, n_val: int, d: int, itemsize: int, limit: float):
     raise MemoryError(f"X has {n:,} images, {n * n:,} pairs: their Gram matrices take {need(n) / 2**30:.1f} GiB in {8 * itemsize}-bit numbers, {limit / 2**30:.1f} GiB are free. "
                       f"About {fits:,} images fit; pass float32 images (half the memory), fewer of them, or a larger memory_limit.")
 
-# %% ../nbs/12_convrfm.ipynb #0d20ce91
+# %% ../nbs/12_convrfm.ipynb #f98035da
 class _ConvRFM:
     "What the convolutional estimators share; comes before `RFMRegressor` or `RFMClassifier` among the bases. See `ConvRFMRegressor`."
 
@@ -301,7 +301,7 @@ class _ConvRFM:
         model._keep(ConvMachine(CNTK(*meta["kernel"]), arrays["centers"], arrays["coef"], None if meta["identity"] else arrays["M"]), meta["best_round"], meta["history"])
         return model
 
-# %% ../nbs/12_convrfm.ipynb #b715f46a
+# %% ../nbs/12_convrfm.ipynb #eefb9db6
 class ConvRFMRegressor(_ConvRFM, RFMRegressor):
     """Convolutional RFM for regression on images (paper, section III.C).
 
@@ -327,7 +327,7 @@ class ConvRFMRegressor(_ConvRFM, RFMRegressor):
 class ConvRFMClassifier(_ConvRFM, RFMClassifier):
     "Convolutional RFM for classification: regression on one-hot targets, the largest output wins. Parameters are those of `ConvRFMRegressor`."
 
-# %% ../nbs/12_convrfm.ipynb #17151580
+# %% ../nbs/12_convrfm.ipynb #f356c8ed
 def draw_filters(M: torch.Tensor,           # (p, p), on patches ordered (channel, row, column)
                  channels: int,             # of the images
                  width: int | None = 64,    # how many filters; None: the p rows of M^(1/2)
@@ -345,7 +345,7 @@ def convolve(images: torch.Tensor, filters: torch.Tensor, padding="valid", activ
     out = conv2d(images, filters.to(images))
     return out.relu() if activation == "relu" else out
 
-# %% ../nbs/12_convrfm.ipynb #e34d034b
+# %% ../nbs/12_convrfm.ipynb #e4cc6f99
 class _DeepRFM(_ConvRFM):
     "What the deep estimators share. See `DeepRFMRegressor`."
 
@@ -402,7 +402,7 @@ class DeepRFMRegressor(_DeepRFM, RFMRegressor):
 class DeepRFMClassifier(_DeepRFM, RFMClassifier):
     "Deep RFM for classification: regression on one-hot targets, the largest output wins. Parameters are those of `DeepRFMRegressor`."
 
-# %% ../nbs/12_convrfm.ipynb #0be850a3
+# %% ../nbs/12_convrfm.ipynb #9ba72474
 def noisy_frames(x: np.ndarray,       # images (n, c, h, w)
                  size: int = 42,      # side of the frame
                  noise: float = 0.5,  # standard deviation of the frame

@@ -7,7 +7,7 @@ __all__ = ['SCATTERING_CHECKS', 'METRICS', 'MAP_CHECKS', 'scatter', 'check_param
            'weigh', 'next_maps_metric', 'MapRound', 'map_rounds', 'MapRFMRegressor', 'MapRFMClassifier', 'MapScaler',
            'RowSpan', 'wavelet_disk']
 
-# %% ../nbs/13_scattering.ipynb #bb725d5c
+# %% ../nbs/13_scattering.ipynb #ec0d39b8
 import hashlib
 import math
 import numbers
@@ -36,7 +36,7 @@ from .figures import write_atomic
 from .kernels import KERNELS, Kernel, KernelMachine, Radial, Side
 from .rfm import CHECKS, RFMClassifier, RFMRegressor, _is, _to_family, _to_numpy, fill, free_memory
 
-# %% ../nbs/13_scattering.ipynb #1a4c40d7
+# %% ../nbs/13_scattering.ipynb #b7c35098
 def _kymatio():
     try: from kymatio.scattering2d.filter_bank import filter_bank      # kymatio.torch does not import with scipy >= 1.17
     except ImportError as error: raise ImportError(f"Scattering takes its wavelets from kymatio, which cannot be imported ({error}): pip install kymatio") from error
@@ -84,7 +84,7 @@ def scatter(x: torch.Tensor,  # images (n, h, w)
         S2.append(torch.cat(rows, 2).flatten(1, 2))
     return torch.cat(S + S2, 1)
 
-# %% ../nbs/13_scattering.ipynb #8442728e
+# %% ../nbs/13_scattering.ipynb #15efe101
 SCATTERING_CHECKS = {  # parameter: (test, what it must be)
     "J": (lambda v: _is(v, numbers.Integral) and v >= 1, "an integer of at least 1, the number of scales"),
     "L": (lambda v: _is(v, numbers.Integral) and v >= 1, "an integer of at least 1, the number of orientations"),
@@ -114,7 +114,7 @@ def paths(J: int, L: int, order: int = 2) -> pd.DataFrame:
     second = [{"order": 2, **f, "scale2": k, "angle2": b} for f in first for k in range(f["scale1"] + 1, J) for b in angles]
     return pd.DataFrame([{"order": 0}, *[{"order": 1, **f} for f in first], *second * (order == 2)], columns=["order", "scale1", "angle1", "scale2", "angle2"])
 
-# %% ../nbs/13_scattering.ipynb #99254961
+# %% ../nbs/13_scattering.ipynb #f6482161
 class Scattering(TransformerMixin, BaseEstimator):
     """Scattering coefficients of images as features (paper, supplementary text E; Bruna and Mallat 2013), with kymatio's wavelets.
 
@@ -204,7 +204,7 @@ class Scattering(TransformerMixin, BaseEstimator):
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
 
-# %% ../nbs/13_scattering.ipynb #a5a47269
+# %% ../nbs/13_scattering.ipynb #f70a2231
 def gradient_gram(A: torch.Tensor,     # (n, n) slopes -phi'(r)/r, zero diagonal
                   coef: torch.Tensor,  # (n, c)
                   center: bool = False # covariance of the gradients instead
@@ -219,7 +219,7 @@ def gradient_gram(A: torch.Tensor,     # (n, n) slopes -phi'(r)/r, zero diagonal
         S = S - mean @ mean.T / len(A)
     return S
 
-# %% ../nbs/13_scattering.ipynb #871d17fe
+# %% ../nbs/13_scattering.ipynb #b00074ec
 METRICS = ("diag", "shared", "separable")
 
 
@@ -248,7 +248,7 @@ def next_maps_metric(Z: torch.Tensor,   # (n, d) the centers, seen through the l
     D = D.unflatten(0, (channels, -1))
     return (D.sum(1)[:, None] * D.sum(0) / D.sum().clamp(min=torch.finfo(D.dtype).tiny)).flatten()
 
-# %% ../nbs/13_scattering.ipynb #e38adc6d
+# %% ../nbs/13_scattering.ipynb #654887db
 class MapRound(NamedTuple):
     "One round: the plain machine on weighed rows, M and its root, the ridge used, the fitted values `(n, c)`, the score on validation rows (NaN without)."
     machine: KernelMachine
@@ -285,7 +285,7 @@ def map_rounds(kernel: Radial, X: torch.Tensor, Y: torch.Tensor, regs=(1e-3,), n
             M = None
         root = None if M is None else matrix_power(M, 0.5)
 
-# %% ../nbs/13_scattering.ipynb #f3b9c3ab
+# %% ../nbs/13_scattering.ipynb #82f6d9e6
 MAP_CHECKS = {
     **{name: CHECKS[name] for name in ("bandwidth", "n_iter", "center", "validation_fraction", "memory_limit")}, "reg": CONV_CHECKS["reg"],
     "metric": (lambda v: v in METRICS, f"one of {', '.join(map(repr, METRICS))}"),
@@ -377,7 +377,7 @@ class MapRFMRegressor(_MapRFM, RFMRegressor):
 class MapRFMClassifier(_MapRFM, RFMClassifier):
     "Recursive Feature Machine for classification on maps: regression on one-hot targets, the largest output wins. Parameters are those of `MapRFMRegressor`."
 
-# %% ../nbs/13_scattering.ipynb #960bd983
+# %% ../nbs/13_scattering.ipynb #f0b9223c
 class MapScaler(TransformerMixin, BaseEstimator):
     "Rows `(n, channels * positions)` minus their mean, each map divided by its root mean square over rows and positions."
 
@@ -396,7 +396,7 @@ class MapScaler(TransformerMixin, BaseEstimator):
         check_is_fitted(self)
         return (validate_data(self, X, reset=False, dtype=[np.float64, np.float32]) - self.mean_) / self.scale_
 
-# %% ../nbs/13_scattering.ipynb #f2ef2ce4
+# %% ../nbs/13_scattering.ipynb #05a1f10f
 class RowSpan(TransformerMixin, BaseEstimator):
     "Rotates rows `(m, d)` into the span of the training rows, `(m, r + 1)` with r < n: coordinates around their mean and, last, the distance to the span. Distances to training rows stay what they were."
 
@@ -417,7 +417,7 @@ class RowSpan(TransformerMixin, BaseEstimator):
         distance = np.linalg.norm(beyond, axis=1)
         return np.column_stack([inside, np.where(distance > 1e-3 * whole, distance, 0)]).astype(X.dtype)
 
-# %% ../nbs/13_scattering.ipynb #ac4ede7e
+# %% ../nbs/13_scattering.ipynb #29e5d053
 def wavelet_disk(ax,                    # polar Axes
                  weights,               # one number per path, as in `paths`
                  table: pd.DataFrame,   # of `paths`

@@ -5,23 +5,27 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/index.ipynb #5e9fbd0d
+# %% ../nbs/index.ipynb #eae6ba55
 import agop_book.agop, agop_book.attention, agop_book.cntk, agop_book.convrfm, agop_book.data, agop_book.figures, agop_book.kernels
-import agop_book.mlps, agop_book.nfa, agop_book.patches, agop_book.rfm, agop_book.rnns
+import agop_book.mlps, agop_book.nfa, agop_book.patches, agop_book.rfm, agop_book.rnns, agop_book.scattering, agop_book.tabular, agop_book.tokens, agop_book.transfer
 from .kernels import *
 from .agop import *
 from .rfm import *
+from .tabular import *
 from .nfa import *
 from .mlps import *
 from .patches import *
 from .rnns import *
 from .attention import *
+from .tokens import *
 from .cntk import *
 from .convrfm import *
+from .scattering import *
+from .transfer import *
 from .data import *
 from .figures import *
 
-# %% ../nbs/index.ipynb #c01ca668
-_modules = [agop_book.kernels, agop_book.agop, agop_book.rfm, agop_book.nfa, agop_book.mlps, agop_book.patches, agop_book.rnns, agop_book.attention,
-            agop_book.cntk, agop_book.convrfm, agop_book.data, agop_book.figures]
+# %% ../nbs/index.ipynb #b836c2f3
+_modules = [agop_book.kernels, agop_book.agop, agop_book.rfm, agop_book.tabular, agop_book.nfa, agop_book.mlps, agop_book.patches, agop_book.rnns, agop_book.attention, agop_book.tokens,
+            agop_book.cntk, agop_book.convrfm, agop_book.scattering, agop_book.transfer, agop_book.data, agop_book.figures]
 __all__ = [name for module in _modules for name in module.__all__]

@@ -62,7 +62,7 @@ def run(book, out, *argv, verb="reproduce"):
 
 
 def start(book, out, *argv):
-    code = f"import sys; from agop_book.reproduce import main; sys.exit(main(chapters_in={str(book)!r}))"
+    code = f"import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from agop_book.reproduce import main; sys.exit(main(chapters_in={str(book)!r}))"   # a shell's background job would ignore SIGINT
     return subprocess.Popen([sys.executable, "-c", code, "reproduce", "--out", str(out), *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

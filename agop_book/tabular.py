@@ -9,7 +9,7 @@ __all__ = ['BUNDLED', 'RIDGES', 'BANDWIDTH', 'MODELS', 'TUNED', 'PROTOCOLS', 'SU
            'stored_results', 'main', 'wide', 'scores', 'friedman', 'critical_difference', 'pairwise', 'rank_diagram',
            'against', 'published', 'grinsztajn_task', 'grinsztajn']
 
-# %% ../nbs/04_tabular.ipynb #0b7de39f
+# %% ../nbs/04_tabular.ipynb #ec11e5ac
 import argparse
 import contextlib
 import difflib
@@ -46,7 +46,7 @@ from .figures import _bar, _finished, write_atomic
 from .kernels import KERNELS, KernelMachine
 from .rfm import SOLVERS, cholesky_, rounds
 
-# %% ../nbs/04_tabular.ipynb #5fafd0c0
+# %% ../nbs/04_tabular.ipynb #b7b4e191
 def split_task(
     name: str,           # what to call it
     x,                   # (n, d) numbers
@@ -63,7 +63,7 @@ def split_task(
     folds = [cut(0.25, random_state + k) for k in range(1, n_folds + 1)]
     return Task(name, StandardScaler().fit_transform(np.asarray(x, np.float64)), labels, 0 if real else int(labels.max()) + 1, *cut(0.5, random_state), folds)
 
-# %% ../nbs/04_tabular.ipynb #8d07c3e0
+# %% ../nbs/04_tabular.ipynb #b41900f8
 def one_scale(task: Task) -> Task:
     "A task that comes in two tables, with each of them at mean 0 and variance 1; other tasks as they are."
     if task.x_test is None: return task
@@ -90,7 +90,7 @@ def _did_you_mean(name, known):
     close = difflib.get_close_matches(str(name), known, 3)
     return f": did you mean {' or '.join(close)}?" if close else ""
 
-# %% ../nbs/04_tabular.ipynb #dbcac85c
+# %% ../nbs/04_tabular.ipynb #0f4a45aa
 @dataclass(frozen=True)
 class Model:
     "A scikit-learn classifier and the values to choose from; for regressions a regressor with the same parameters."
@@ -104,7 +104,7 @@ class Model:
         if base is None: raise TypeError(f"{self.estimator!r} is a classifier and the task is a regression: give Model(..., regressor=...)")
         for params in ParameterGrid(self.grid if grid is None else grid): yield params, clone(base).set_params(**params).fit(X, y).predict(X_new)
 
-# %% ../nbs/04_tabular.ipynb #37fa1ddf
+# %% ../nbs/04_tabular.ipynb #1cc4653e
 def several_ridges(kernel, X, Y, X_new, regs):
     "Yields `(ridge, 0, outputs at X_new)`: one Gram matrix serves all ridges."
     K, K_new = kernel(X), kernel(X_new, X)
@@ -132,7 +132,7 @@ def _in_double(X, Y, X_new, reg):
     if X.dtype == torch.float64: raise ValueError(f"the Gram matrix is not positive definite with ridge {reg}: give larger ridges")
     return X.double(), Y.double(), X_new.double()
 
-# %% ../nbs/04_tabular.ipynb #5d513c8d
+# %% ../nbs/04_tabular.ipynb #282aaffe
 def unit_rows(x: np.ndarray) -> np.ndarray:
     "Rows of `x` divided by their Euclidean norm; rows of zeros stay."
     norm = np.linalg.norm(x, axis=1, keepdims=True)
@@ -172,7 +172,7 @@ class KernelModel:
             for reg, t, f in several_rounds(*problem, max(wanted), not n_classes, params.get("diag", False)) if max(wanted) else several_ridges(*problem):
                 if t in wanted: yield {**params, "reg": reg, "rounds": t}, f.argmax(1) if n_classes else f[:, 0] * std + mean
 
-# %% ../nbs/04_tabular.ipynb #bb07e3e5
+# %% ../nbs/04_tabular.ipynb #38952400
 class XRFM(ClassifierMixin, BaseEstimator):
     "xRFM behind scikit-learn's interface. It wants validation rows, on which it chooses its round, and gets a fifth of the training rows."
     def __init__(self, reg=1e-3, bandwidth=10.0): self.reg, self.bandwidth = reg, bandwidth
@@ -190,7 +190,7 @@ class XRFM(ClassifierMixin, BaseEstimator):
 
     def predict(self, X): return self.classes_[np.asarray(self.model_.predict(np.asarray(X, np.float32))).astype(int).ravel()]
 
-# %% ../nbs/04_tabular.ipynb #d5a5baa1
+# %% ../nbs/04_tabular.ipynb #75c983f0
 RIDGES, BANDWIDTH = [10, 1, 0.1, 0.01, 0.001], {"bandwidth": [10.0], "unit_rows": [False, True]}
 
 MODELS = {
@@ -208,7 +208,7 @@ MODELS = {
     "xRFM": Model(XRFM(), {"reg": [1e-3, 1e-1]}),
 }
 
-# %% ../nbs/04_tabular.ipynb #b153b7bf
+# %% ../nbs/04_tabular.ipynb #90e5505d
 def whole(task: Task):
     "Rows `x`, `y` of a task with its pairs of training and test rows: the given folds or, where there is a test table, that."
     if task.x_test is None: return task.x, task.y, task.folds
@@ -230,7 +230,7 @@ def inner_folds(task: Task, n_splits: int = 3, most: int = 1000) -> list:
         return [(rows[a], rows[b]) for a, b in kind(n_splits, shuffle=True, random_state=0).split(rows, y)]
     return [splits(train) for train, _ in whole(task)[2]]
 
-# %% ../nbs/04_tabular.ipynb #b9b76749
+# %% ../nbs/04_tabular.ipynb #a3194748
 _MULTIPLES, _FINER = {"bandwidth": [0.5, 1.5]}, [1, 0.1, 0.01, 0.001]
 
 TUNED = {
@@ -240,7 +240,7 @@ TUNED = {
 }
 PROTOCOLS = {"published": (given_split, MODELS), "nested": (inner_folds, TUNED)}
 
-# %% ../nbs/04_tabular.ipynb #5103a2d6
+# %% ../nbs/04_tabular.ipynb #8c9638ea
 def score(task: Task, y, predicted) -> float:
     "Accuracy; R2 for a regression."
     return float(accuracy_score(y, predicted) if task.n_classes else r2_score(y, predicted))
@@ -269,7 +269,7 @@ def evaluate(task, model, protocol: str = "published") -> dict:
     return {"accuracy": float(np.mean(scores)), "folds": scores, "chosen": chosen, "seconds": round(time.perf_counter() - start, 3),
             "cpu": round(time.process_time() - cpu, 3), "n": len(X), "d": X.shape[1], "classes": task.n_classes, "error": None}
 
-# %% ../nbs/04_tabular.ipynb #04883607
+# %% ../nbs/04_tabular.ipynb #db04bf1b
 def _row(key, row, task, model):
     "The finished row of one task and model; whatever the model raises becomes its error."
     try:
@@ -294,7 +294,7 @@ def _named(models, known):
         if name not in known: raise ValueError(f"unknown model {name!r}{_did_you_mean(name, known)}; known are {', '.join(known)}. Pass a dict for models of your own")
     return {name: known[name] for name in models or known}
 
-# %% ../nbs/04_tabular.ipynb #8280335b
+# %% ../nbs/04_tabular.ipynb #b7af0e67
 def benchmark(
     tasks=None,                   # names or Tasks; None: all of the 121 that are on this machine
     models=None,                  # names, or a dict from names to Models; None: all of the protocol
@@ -335,7 +335,7 @@ def _append(path, key, row):
         f.flush()
         os.fsync(f.fileno())
 
-# %% ../nbs/04_tabular.ipynb #109cda8c
+# %% ../nbs/04_tabular.ipynb #b387772d
 def save_results(results: pd.DataFrame, path) -> None:
     "Write a benchmark to a CSV file, whole or not at all; lists and dicts as JSON."
     table = results.assign(folds=[[round(v, 6) for v in folds] if isinstance(folds, list) else None for folds in results["folds"]])
@@ -361,7 +361,7 @@ def stored_results():
     places = [folder / "nbs/results/tabular-120.csv" for folder in (package, package.parent)]
     return next((read_results(path) for path in places if path.is_file()), None)
 
-# %% ../nbs/04_tabular.ipynb #38e7d61c
+# %% ../nbs/04_tabular.ipynb #c27722cf
 def main(argv=None) -> int:
     "The command `python -m agop_book.tabular`."
     parser = argparse.ArgumentParser(prog="python -m agop_book.tabular", description="Run models on tasks of the benchmark and print their accuracy.")
@@ -382,10 +382,10 @@ def main(argv=None) -> int:
     print(results.reindex(columns=["task", "model", "accuracy", "seconds", "n", "d", "classes", "chosen", "error"]).to_string(index=False))
     return int(results["error"].notna().any())
 
-# %% ../nbs/04_tabular.ipynb #54bea1d4
+# %% ../nbs/04_tabular.ipynb #8507861b
 if __name__ == "__main__" and "__file__" in globals(): raise SystemExit(import_module("agop_book.tabular").main())   # by its name, so that other processes find it
 
-# %% ../nbs/04_tabular.ipynb #6026b326
+# %% ../nbs/04_tabular.ipynb #42b67291
 def wide(results: pd.DataFrame, fill: bool = False) -> pd.DataFrame:
     """Accuracies, tasks x models. Tasks where a model has none are left out; with `fill` the mean of the others takes its place.
 
@@ -411,7 +411,7 @@ def scores(
     return pd.DataFrame({"accuracy": 100 * a.mean(), "rank": a.rank(axis=1, ascending=False).mean(), "P90": 100 * (share >= 0.9).mean(),
                          "P95": 100 * (share >= 0.95).mean(), "PMA": 100 * share.mean(), "tasks": len(a)}).sort_values("rank")
 
-# %% ../nbs/04_tabular.ipynb #c54298e0
+# %% ../nbs/04_tabular.ipynb #53e01555
 def _posthocs():
     try: import scikit_posthocs
     except ImportError: raise ImportError("rank diagrams and pairwise tests need the package scikit-posthocs: pip install 'agop_book[tabular]'") from None
@@ -446,7 +446,7 @@ def rank_diagram(results: pd.DataFrame, ax, alpha: float = 0.05, fill: bool = Fa
     ax.set_title(f"mean rank over {len(a)} tasks; critical difference {critical_difference(a.shape[1], len(a), alpha):.2f}")
     return ax
 
-# %% ../nbs/04_tabular.ipynb #f863b685
+# %% ../nbs/04_tabular.ipynb #c57aeae1
 def against(results: pd.DataFrame, base: str = "Laplace") -> pd.DataFrame:
     "Every model against `base`: tasks won, equal and lost, mean gain, largest gain and loss (in points) with their tasks, p of Wilcoxon's test."
     a = 100 * wide(results, fill=False)
@@ -458,7 +458,7 @@ def against(results: pd.DataFrame, base: str = "Laplace") -> pd.DataFrame:
                       "largest loss": gain.min(), "on ": gain.idxmin(), "p": float(stats.wilcoxon(gain, zero_method="zsplit").pvalue) if gain.any() else 1.0}
     return pd.DataFrame(rows).T
 
-# %% ../nbs/04_tabular.ipynb #ef024d51
+# %% ../nbs/04_tabular.ipynb #752aaa92
 def published(path) -> pd.DataFrame:
     "Columns task, model, accuracy from a text table of percentages: a header of classifiers, one line per task, `--` where one failed. UnreadableData names file and line."
     path = Path(path)
@@ -477,7 +477,7 @@ def published(path) -> pd.DataFrame:
             rows.append((task, model, value))
     return pd.DataFrame(rows, columns=["task", "model", "accuracy"])
 
-# %% ../nbs/04_tabular.ipynb #1b31f25c
+# %% ../nbs/04_tabular.ipynb #9c38573e
 SUITES = {334: "classification, with categories", 335: "regression, with categories", 336: "regression, numbers only", 337: "classification, numbers only"}
 
 

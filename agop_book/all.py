@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/index.ipynb #eae6ba55
+# %% ../nbs/index.ipynb #c3392ea7
 import agop_book.agop, agop_book.attention, agop_book.cntk, agop_book.convrfm, agop_book.data, agop_book.figures, agop_book.kernels
 import agop_book.mlps, agop_book.nfa, agop_book.patches, agop_book.rfm, agop_book.rnns, agop_book.scattering, agop_book.tabular, agop_book.tokens, agop_book.transfer
 from .kernels import *
@@ -25,7 +25,7 @@ from .transfer import *
 from .data import *
 from .figures import *
 
-# %% ../nbs/index.ipynb #b836c2f3
+# %% ../nbs/index.ipynb #bc605290
 _modules = [agop_book.kernels, agop_book.agop, agop_book.rfm, agop_book.tabular, agop_book.nfa, agop_book.mlps, agop_book.patches, agop_book.rnns, agop_book.attention, agop_book.tokens,
             agop_book.cntk, agop_book.convrfm, agop_book.scattering, agop_book.transfer, agop_book.data, agop_book.figures]
 __all__ = [name for module in _modules for name in module.__all__]

@@ -456,14 +456,15 @@ def _matrix(A, name="A", square=True):
 
 
 def matrix_power(A,         # (d, d) symmetric positive semi-definite, or (d,) a diagonal
-                 p: float   # exponent; 0.5 for the root that the paper's ansatz needs
+                 p: float,  # exponent; 0.5 for the root that the paper's ansatz needs
+                 clip: bool = False  # eigenvalues below 0 count as 0, however large
                  ):
-    "A^p in the family of `A`. Raises ValueError for a clearly negative eigenvalue, and for p < 0 where A is singular."
+    "A^p in the family of `A`. Raises ValueError for a clearly negative eigenvalue (without `clip`), and for p < 0 where A is singular."
     t, tol = _matrix(A)
     if not isinstance(p, numbers.Real) or not math.isfinite(p): raise ValueError(f"p must be a finite real number, got {p!r}.")
     values, V = (t, None) if t.ndim == 1 else torch.linalg.eigh(t)
     low, high = float(values.min()), float(values.abs().max())
-    if low < -tol * high: raise ValueError(f"A has eigenvalue {low:.3g} (largest: {high:.3g}); it must be positive semi-definite. Clip its eigenvalues at 0.")
+    if low < -tol * high and not clip: raise ValueError(f"A has eigenvalue {low:.3g} (largest: {high:.3g}); it must be positive semi-definite. Pass clip=True to take these for 0.")
     if p < 0 and low <= tol * high: raise ValueError(f"A is singular to working precision (eigenvalues {low:.3g} to {high:.3g}) and p={p} is negative; add a ridge: A + 1e-6 * trace(A) / d * identity.")
     values = values.clamp(min=0) ** p
     return _like_matrix(values if V is None else (V * values) @ V.T, A)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .agop import matrix_power
 from .kernels import apply_metric, as_tensor, blocks, check_metric, like
 from .rfm import free_memory
 
@@ -232,13 +233,6 @@ def _check_images(kernel, x, name):
     return x
 
 # %% ../nbs/11_cntk.ipynb #56d48f86
-def _root(M: torch.Tensor) -> torch.Tensor:
-    "The root of a checked `M` in double precision; what rounding has left below 0 counts as 0."
-    if M.ndim == 1: return M.double().clamp(min=0).sqrt()
-    values, V = torch.linalg.eigh(M.double())
-    return V * values.clamp(min=0).sqrt() @ V.T
-
-
 def _inputs(kernel, x, z, M, name):
     X = _check_images(kernel, x, "x")
     Z = X if z is None else _check_images(kernel, z, name)
@@ -248,7 +242,7 @@ def _inputs(kernel, x, z, M, name):
     if M is None: return X, Z, None
     M = as_tensor(M, "M", None)
     M = check_metric(M, X.shape[1] * kernel.patch_size**2, M.to(X.device))        # as exact as its own dtype
-    return X, Z, _root(M)
+    return X, Z, matrix_power(M.double(), 0.5, clip=True)
 
 # %% ../nbs/11_cntk.ipynb #a28a6ded
 def _tiles(kernel, X, Z, root, symmetric):

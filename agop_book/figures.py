@@ -280,7 +280,6 @@ def sweep(
     source = _source(fn)
     if source is None and version is None: raise ValueError(f"fn={fn!r} has no readable source: pass version='1' and change it with the code")
     path = out_dir() / "results" / f"{name}-{scale()}.jsonl"
-    path.parent.mkdir(exist_ok=True)
     done, table, where = _finished(path), [], _device_label()
     for row in _bar(grid, desc=name, disable=not progress):
         key = hashlib.sha256(json.dumps([row, source, version, where], sort_keys=True).encode()).hexdigest()
@@ -295,12 +294,17 @@ def _run_row(fn, row, key, path):
     if not isinstance(got, dict): raise TypeError(f"fn returned {got!r} for {row}: return a dict from names to values")
     if clash := row.keys() & got.keys(): raise ValueError(f"fn returned {sorted(clash)}, which are parameters already: rename them")
     result = {**row, "seconds": round(time.perf_counter() - start, 4), **_plain(got, "result")}
-    line = json.dumps({"key": key, "time": time.time(), "row": result}) + "\n"
+    return _append(path, key, result)
+
+def _append(path, key, row):
+    "One finished row at the end of a results file, on disk before the run goes on. Returns it as a resumed run would read it."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps({"key": key, "time": time.time(), "row": row}) + "\n"
     with open(path, "ab") as f:
         f.write(line.encode())
         f.flush()
         os.fsync(f.fileno())
-    return json.loads(line)["row"]                       # as a resumed run would read it
+    return json.loads(line)["row"]
 
 # %% ../nbs/91_figures.ipynb #407c7a76
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#F0E442"]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOLVERS', 'CHECKS', 'fill', 'cholesky_', 'slopes_product', 'free_memory', 'plan_memory', 'CholeskySolver', 'rounds',
-           'RFMRegressor', 'RFMClassifier']
+           'check_parameters', 'Round', 'RFMRegressor', 'RFMClassifier']
 
 # %% ../nbs/03_rfm.ipynb #1892b835
 import json
@@ -14,6 +14,7 @@ import time
 import warnings
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -156,6 +157,15 @@ CHECKS = {  # parameter: (test, what it must be)
 
 def _is(value, kind): return isinstance(value, kind) and not isinstance(value, (bool, np.bool_))
 
+
+def check_parameters(estimator, checks: dict):
+    "ValueError, naming the parameter, its value and what it must be, for the first that fails its test in `checks`."
+    for name, value in estimator.get_params(deep=False).items():
+        test, want = checks.get(name, (lambda v: True, ""))
+        try: good = test(value)
+        except TypeError: good = False
+        if not good: raise ValueError(f"{name} must be {want}, got {value!r}.")
+
 # %% ../nbs/03_rfm.ipynb #43fefef7
 def _to_numpy(x):
     "Tensors as arrays, everything else as it is: scikit-learn validates it."
@@ -169,113 +179,60 @@ def _to_family(out, x, columns=None):
     return pd.Series(out, x.index, name=columns if isinstance(columns, str) else None) if out.ndim == 1 else pd.DataFrame(out, x.index, columns)
 
 # %% ../nbs/03_rfm.ipynb #0a6a6dfa
-class _RFM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
-    "What the two estimators share; see `RFMRegressor` for the parameters."
+class Round(NamedTuple):
+    "One round: its machine, M (None: the identity), the ridge used, the fitted values at the training points `(n, c)`, the score on validation points (NaN without)."
+    machine: object
+    M: torch.Tensor | None
+    reg: float
+    fitted: torch.Tensor
+    val_score: float
 
-    def __init__(self, kernel="laplace", bandwidth=10.0, n_iter=5, reg=1e-3, diag=False, center=True, validation_fraction=None, solver="cholesky",
-                 warm_start=False, memory_limit=None, verbose=False, random_state=None, device="auto"):
-        self.kernel, self.bandwidth, self.n_iter, self.reg, self.diag, self.center = kernel, bandwidth, n_iter, reg, diag, center
-        self.validation_fraction, self.solver, self.warm_start, self.memory_limit = validation_fraction, solver, warm_start, memory_limit
-        self.verbose, self.random_state, self.device = verbose, random_state, device
 
-    def _check_params(self):
-        for name, (test, want) in CHECKS.items():
-            value = getattr(self, name)
-            try: good = test(value)
-            except TypeError: good = False
-            if not good: raise ValueError(f"{name} must be {want}, got {value!r}.")
-        if isinstance(self.kernel, Kernel): kernel = self.kernel
-        else: kernel = KERNELS[self.kernel](*[self.bandwidth] * ("bandwidth" in KERNELS[self.kernel].__dataclass_fields__))
-        return kernel, pick_device(self.device)
+class _Rounds(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+    "What all estimators with AGOP rounds share: validation points, the loop over rounds, files."
 
-    def fit(self, X, y, X_val=None, y_val=None, M=None):
-        """Fit to `X` `(n, d)` and `y` `(n,)` or `(n, c)`. With `X_val`, `y_val` (or `validation_fraction`) the round that scores best there is kept.
-
-        Sets `M_` `(d, d)` or `(d,)`, `dual_coef_`, `machine_` (a KernelMachine), `best_round_` and `history_` (one row per round). An interrupted fit keeps its finished
-        rounds before it lets KeyboardInterrupt through; `warm_start=True` goes on from there. `M` `(d, d)`, or `(d,)` with `diag`, is the matrix of round 0 (None: the identity); given, it starts afresh. Raises ValueError for bad input, MemoryError when X has too many rows.
-        """
-        kernel, device = self._check_params()
-        old = (self.M_, self.history_) if self.warm_start and M is None and hasattr(self, "M_") else None
-        X, Y, y = self._check_fit(X, y)
+    def _validation(self, X, Y, y, X_val, y_val):
+        "Training points with their targets, and validation points with theirs: the given ones, a part held out, or None."
         if (X_val is None) != (y_val is None): raise ValueError(f"X_val and y_val go together; only {'y_val' if X_val is None else 'X_val'} was given.")
-        if X_val is not None:
-            X_val, y_val = self._check_val(X_val, y_val)
-        elif self.validation_fraction is not None:
-            X, X_val, Y, _, _, y_val = train_test_split(X, Y, y, test_size=self.validation_fraction, random_state=self.random_state)
-        Xt, Yt = (torch.from_numpy(np.array(a, X.dtype, order="C")).to(device) for a in (X, Y))
-        if device.type == "cuda": Xt, Yt = Xt.float(), Yt.float()
-        M, done = self._first_metric(M, Xt), 0
-        if old is not None and len(old[0]) == X.shape[1]:
-            M, done = torch.from_numpy(old[0]).to(Xt), int(old[1]["round"].iloc[-1])
-            M = M if M.ndim == (1 if self.diag else 2) else torch.diag(M) if M.ndim == 1 else M.diagonal()
-        solver = SOLVERS[self.solver](*X.shape, Y.shape[1], Xt, self.memory_limit)
-        state = {"best": None, "rows": [] if not done else old[1].iloc[:-1].to_dict("records")}
-        try: self._run(solver, kernel, Xt, Yt, M, done, X_val, y_val, state)
+        if X_val is not None: X_val, y_val = self._check_val(X_val, y_val)
+        elif self.validation_fraction is not None: X, X_val, Y, _, _, y_val = train_test_split(X, Y, y, test_size=self.validation_fraction, random_state=self.random_state)
+        elif np.size(self.reg) > 1: raise ValueError(f"reg={self.reg!r} holds {np.size(self.reg)} ridges to choose from; that takes X_val and y_val, or validation_fraction.")
+        return X, Y, X_val, y_val
+
+    def _learn(self, steps, Y, identity, validated, earlier=()):
+        "Run the rounds `steps`, keep the best, or the last where none is `validated`; what is finished is kept even when interrupted."
+        rows, best, last, start = list(earlier), None, None, time.perf_counter()
+        bar = tqdm(total=max(self.n_iter + 1 - len(rows), 1), disable=not self.verbose, desc=type(self).__name__, unit="round")
+        try:
+            for t, step in enumerate(steps, len(rows)):
+                now = identity if step.M is None else step.M
+                last = now if last is None else last
+                trace = (now if now.ndim == 1 else now.diagonal()).sum()
+                rows.append({"round": t, "train_score": self._score(Y, step.fitted), "val_score": step.val_score, "reg": step.reg, "alignment": cosine(now, last) if now.any() and last.any() else np.nan,
+                             "effective_rank": float(trace**2 / now.square().sum()), "seconds": time.perf_counter() - start})
+                if best is None or not validated or step.val_score > rows[best[2]]["val_score"]: best = (step.machine, now, t)
+                last, start = now, time.perf_counter()
+                bar.update()
         finally:
-            if state["best"] is not None:
-                coef, M, now, best = state["best"]
-                self._keep(KernelMachine(kernel, Xt, coef, M), now, best, state["rows"])
-        return self
-
-    def _first_metric(self, M, X):
-        "The matrix of round 0, checked, where `X` is and in its dtype; None is the identity."
-        if M is not None and self.diag and np.ndim(M) != 1: raise ValueError(f"M has shape {tuple(np.shape(M))}, but diag=True takes ({X.shape[1]},); pass its diagonal, or diag=False.")
-        M = check_metric(M, X.shape[1], X)
-        return torch.diag(M) if M is not None and M.ndim == 1 and not self.diag else M
-
-    def _run(self, solver, kernel, X, Y, M, done, X_val, y_val, state):
-        steps = rounds(solver, kernel, X, Y, self.reg, max(self.n_iter - done, 0), M, self.diag, self.center)
-        bar = tqdm(total=max(self.n_iter - done, 0) + 1, disable=not self.verbose, desc=type(self).__name__, unit="round")
-        start, last, top = time.perf_counter(), M, -np.inf
-        for t, (coef, M, used) in enumerate(steps, done):
-            row = {"round": t, "train_score": self._score(Y, Y - used * coef), "val_score": np.nan, "reg": used}
-            if X_val is not None: row["val_score"] = self._score(y_val, KernelMachine(kernel, X, coef, M)(torch.from_numpy(np.array(X_val)).to(X)).cpu())
-            ones = X.new_ones(X.shape[1])
-            now, before = (ones if m is None and self.diag else torch.diag(ones) if m is None else m for m in (M, last))
-            row["alignment"] = cosine(now, before) if now.any() and before.any() else np.nan
-            row["effective_rank"] = float((now if self.diag else now.diagonal()).sum() ** 2 / now.square().sum())
-            row["seconds"] = time.perf_counter() - start
-            state["rows"].append(row)
-            if X_val is None or state["best"] is None or row["val_score"] > top: state["best"], top = (coef, M, now, t), row["val_score"]
-            last, start = M, time.perf_counter()
-            bar.update()
-        bar.close()
+            bar.close()
+            if best is not None: self._keep(*best, rows)
 
     def _keep(self, machine, M, best, rows):
         self.machine_, self.best_round_, self.history_ = machine, best, pd.DataFrame(rows)
         self.M_ = M.cpu().numpy()
         self.dual_coef_ = self._shape(machine.coef.cpu().numpy())
 
-    def _decision(self, X):
-        "The machine's outputs `(m, c)` as a numpy array."
-        check_is_fitted(self)
-        X = validate_data(self, _to_numpy(X), reset=False, dtype=[np.float64, np.float32])
-        return self.machine_(torch.from_numpy(np.array(X)).to(self.machine_.centers)).cpu().numpy().astype(X.dtype, copy=False)
-
-    def transform(self, X):
-        "The learned features x M^(1/2), `(m, d)`: Euclidean distances between them are the machine's distances."
-        check_is_fitted(self)
-        given = X
-        X = validate_data(self, _to_numpy(X), reset=False, dtype=[np.float64, np.float32])
-        root = matrix_power(self.M_, 0.5)
-        out = (X * root if root.ndim == 1 else X @ root).astype(X.dtype)
-        return _to_family(out, given, list(self.get_feature_names_out()))
-
-    @property
-    def _n_features_out(self): return self.n_features_in_
+    def _arrays(self): return {"centers": self.machine_.centers, "coef": self.machine_.coef, "M": torch.from_numpy(self.M_)}
 
     def save(self, path):
         "Write the fitted model to one safetensors file (no pickle), whole or not at all."
         check_is_fitted(self)
-        params = {**self.get_params(deep=False), "random_state": None}
-        if isinstance(self.kernel, Kernel): params["kernel"] = {"name": type(self.kernel).__name__, **asdict(self.kernel)}
-        meta = {"class": type(self).__name__, "params": params, "history": self.history_.to_dict("records"), "best_round": self.best_round_,
-                "kernel": {"name": type(self.machine_.kernel).__name__, **asdict(self.machine_.kernel)}, "features": getattr(self, "feature_names_in_", np.array([])).tolist(),
-                "identity": self.machine_.M is None, **self._extra()}
-        arrays = {"centers": self.machine_.centers.cpu().numpy(), "coef": self.machine_.coef.cpu().numpy(), "M": self.M_}
+        meta = {"class": type(self).__name__, "history": self.history_.to_dict("records"), "best_round": self.best_round_, "identity": self.machine_.M is None,
+                "features": getattr(self, "feature_names_in_", np.array([])).tolist(), **self._described(), **self._extra()}
         path, part = Path(path), Path(f"{path}.part")
         if not path.absolute().parent.is_dir(): raise FileNotFoundError(f"no folder {str(path.absolute().parent)!r} to save in; create it first.")
-        save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, part, metadata={"agop_book": json.dumps(meta)})
+        arrays = {k: np.ascontiguousarray(v.cpu().numpy()) for k, v in self._arrays().items()}
+        save_file(arrays, part, metadata={"agop_book": json.dumps(meta, default=lambda v: v.item())})
         os.replace(part, path)
 
     @classmethod
@@ -284,20 +241,96 @@ class _RFM(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         if not Path(path).is_file(): raise FileNotFoundError(f"no model file at {str(path)!r}; save() writes one.")
         try:
             with safe_open(path, framework="numpy") as f:
-                meta = json.loads(f.metadata()["agop_book"])
-                arrays = {k: torch.from_numpy(f.get_tensor(k)) for k in ("centers", "coef", "M")}
+                meta, arrays = json.loads(f.metadata()["agop_book"]), {k: torch.from_numpy(f.get_tensor(k)) for k in f.keys()}
+                arrays["M"], arrays["centers"], arrays["coef"]
         except Exception as e: raise ValueError(f"{str(path)!r} is not a complete model file written by save(): {e}") from None
         if meta["class"] != cls.__name__: raise ValueError(f"{str(path)!r} holds a {meta['class']}, not a {cls.__name__}; call {meta['class']}.load.")
-        rebuild = lambda spec: spec if isinstance(spec, str) else {k.__name__: k for k in KERNELS.values()}[spec["name"]](**{k: v for k, v in spec.items() if k != "name"})
-        model = cls(**{**meta["params"], "kernel": rebuild(meta["params"]["kernel"])})
-        model.n_features_in_ = arrays["centers"].shape[1]
+        model, machine = cls._rebuilt(meta, {**arrays, "M_": None if meta["identity"] else arrays["M"]})
         if meta["features"]: model.feature_names_in_ = np.array(meta["features"], dtype=object)
         model._restore(meta)
-        machine = KernelMachine(rebuild(meta["kernel"]), arrays["centers"], arrays["coef"], None if meta["identity"] else arrays["M"])
         model._keep(machine, arrays["M"], meta["best_round"], meta["history"])
         return model
 
 # %% ../nbs/03_rfm.ipynb #dc001a73
+def _spec(kernel): return {"name": type(kernel).__name__, **asdict(kernel)} if isinstance(kernel, Kernel) else kernel
+
+
+def _kernel(spec):
+    "The kernel that `_spec` described; a name stays a name."
+    return spec if isinstance(spec, str) else {k.__name__: k for k in KERNELS.values()}[spec["name"]](**{k: v for k, v in spec.items() if k != "name"})
+
+
+class _RFM(_Rounds):
+    "What the two estimators share; see `RFMRegressor` for the parameters."
+
+    def __init__(self, kernel="laplace", bandwidth=10.0, n_iter=5, reg=1e-3, diag=False, center=True, validation_fraction=None, solver="cholesky",
+                 warm_start=False, memory_limit=None, verbose=False, random_state=None, device="auto"):
+        self.kernel, self.bandwidth, self.n_iter, self.reg, self.diag, self.center = kernel, bandwidth, n_iter, reg, diag, center
+        self.validation_fraction, self.solver, self.warm_start, self.memory_limit = validation_fraction, solver, warm_start, memory_limit
+        self.verbose, self.random_state, self.device = verbose, random_state, device
+
+    def fit(self, X, y, X_val=None, y_val=None, M=None):
+        """Fit to `X` `(n, d)` and `y` `(n,)` or `(n, c)`. With `X_val`, `y_val` (or `validation_fraction`) the round that scores best there is kept.
+
+        Sets `M_` `(d, d)` or `(d,)`, `dual_coef_`, `machine_` (a KernelMachine), `best_round_` and `history_` (one row per round). An interrupted fit keeps its finished
+        rounds before it lets KeyboardInterrupt through; `warm_start=True` goes on from there. `M` `(d, d)`, or `(d,)` with `diag`, is the matrix of round 0 (None: the identity); given, it starts afresh. Raises ValueError for bad input, MemoryError when X has too many rows.
+        """
+        check_parameters(self, CHECKS)
+        device, kernel = pick_device(self.device), self.kernel
+        if not isinstance(kernel, Kernel): kernel = KERNELS[kernel](*[self.bandwidth] * ("bandwidth" in KERNELS[kernel].__dataclass_fields__))
+        old = (self.M_, self.history_[:self.best_round_]) if self.warm_start and M is None and hasattr(self, "M_") else None
+        X, Y, X_val, y_val = self._validation(*self._check_fit(X, y), X_val, y_val)
+        send = lambda a: torch.from_numpy(np.array(a, X.dtype, order="C")).to(device, torch.float32 if device.type == "cuda" else None)
+        Xt, Yt, Xv = send(X), send(Y), None if X_val is None else send(X_val)
+        M, earlier = self._first_metric(M, Xt), []
+        if old is not None and len(old[0]) == X.shape[1]:
+            M, earlier = torch.from_numpy(old[0]).to(Xt), old[1].to_dict("records")
+            M = M if M.ndim == (1 if self.diag else 2) else torch.diag(M) if M.ndim == 1 else M.diagonal()
+        solver = SOLVERS[self.solver](*X.shape, Y.shape[1], Xt, self.memory_limit)
+        def steps():
+            for coef, A, used in rounds(solver, kernel, Xt, Yt, self.reg, max(self.n_iter - len(earlier), 0), M, self.diag, self.center):
+                machine = KernelMachine(kernel, Xt, coef, A)
+                yield Round(machine, A, used, Yt - used * coef, np.nan if Xv is None else self._score(y_val, machine(Xv)))
+        ones = Xt.new_ones(X.shape[1])
+        self._learn(steps(), Yt, ones if self.diag else torch.diag(ones), Xv is not None, earlier)
+        return self
+
+    def _first_metric(self, M, X):
+        "The matrix of round 0, checked, where `X` is and in its dtype; None is the identity."
+        if M is not None and self.diag and np.ndim(M) != 1: raise ValueError(f"M has shape {tuple(np.shape(M))}, but diag=True takes ({X.shape[1]},); pass its diagonal, or diag=False.")
+        M = check_metric(M, X.shape[1], X)
+        return torch.diag(M) if M is not None and M.ndim == 1 and not self.diag else M
+
+    def _valid(self, X): return validate_data(self, _to_numpy(X), reset=False, dtype=[np.float64, np.float32])
+
+    def _decision(self, X):
+        "The machine's outputs `(m, c)` as a numpy array."
+        check_is_fitted(self)
+        X = self._valid(X)
+        return self.machine_(torch.from_numpy(np.array(X)).to(self.machine_.centers)).cpu().numpy().astype(X.dtype, copy=False)
+
+    def transform(self, X):
+        "The learned features x M^(1/2), `(m, d)`: Euclidean distances between them are the machine's distances."
+        check_is_fitted(self)
+        rows, root = self._valid(X), matrix_power(self.M_, 0.5)
+        out = (rows * root if root.ndim == 1 else rows @ root).astype(rows.dtype)
+        return _to_family(out, X, list(self.get_feature_names_out()))
+
+    @property
+    def _n_features_out(self): return self.n_features_in_
+
+    def _described(self):
+        "What a file says beside the arrays: the parameters and the machine's kernel."
+        return {"params": {**self.get_params(deep=False), "kernel": _spec(self.kernel), "random_state": None}, "kernel": _spec(self.machine_.kernel)}
+
+    @classmethod
+    def _rebuilt(cls, meta, arrays):
+        "An estimator with the parameters of a file, and the machine that the file holds."
+        model = cls(**{**meta["params"], "kernel": _kernel(meta["params"]["kernel"])})
+        model.n_features_in_ = arrays["centers"].shape[1]
+        return model, KernelMachine(_kernel(meta["kernel"]), arrays["centers"], arrays["coef"], arrays["M_"])
+
+# %% ../nbs/03_rfm.ipynb #dc901f6e
 class RFMRegressor(RegressorMixin, _RFM):
     """Recursive Feature Machine for regression (paper, section III.B).
 
@@ -329,7 +362,7 @@ class RFMRegressor(RegressorMixin, _RFM):
         return X, y.reshape(len(y), -1), y
 
     def _check_val(self, X, y):
-        X = validate_data(self, _to_numpy(X), reset=False, dtype=[np.float64, np.float32])
+        X = self._valid(X)
         y = np.asarray(_to_numpy(y), X.dtype)
         check_consistent_length(X, y)
         if not np.isfinite(y).all(): raise ValueError("y_val contains NaN or infinity; drop those rows.")
@@ -353,7 +386,7 @@ class RFMRegressor(RegressorMixin, _RFM):
 
     def _restore(self, meta): self._targets, self._flat = meta["targets"], meta["flat"]
 
-# %% ../nbs/03_rfm.ipynb #dc901f6e
+# %% ../nbs/03_rfm.ipynb #da2e6032
 class RFMClassifier(ClassifierMixin, _RFM):
     """Recursive Feature Machine for classification: regression on one-hot targets, the largest output wins.
 
@@ -373,7 +406,7 @@ class RFMClassifier(ClassifierMixin, _RFM):
         return X, np.eye(len(self.classes_), dtype=X.dtype)[y], y
 
     def _check_val(self, X, y):
-        X = validate_data(self, _to_numpy(X), reset=False, dtype=[np.float64, np.float32])
+        X = self._valid(X)
         y = np.asarray(_to_numpy(y))
         check_consistent_length(X, y)
         unknown = np.setdiff1d(y, self.classes_)

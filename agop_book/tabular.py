@@ -16,7 +16,6 @@ import difflib
 import hashlib
 import io
 import json
-import os
 import re
 import time
 import warnings
@@ -28,6 +27,7 @@ from pathlib import Path
 import joblib
 import numpy as np
 import pandas as pd
+import scikit_posthocs
 import torch
 from scipy import stats
 from sklearn.base import BaseEstimator, ClassifierMixin, clone
@@ -42,7 +42,7 @@ from sklearn.svm import SVC
 
 from .data import DataNotFound, Task, UnreadableData, load, read_task
 from .data import tasks as found_tasks
-from .figures import _bar, _finished, write_atomic
+from .figures import _append, _bar, _finished, write_atomic
 from .kernels import KERNELS, KernelMachine
 from .rfm import SOLVERS, cholesky_, rounds
 
@@ -326,15 +326,6 @@ def benchmark(
         done[key] = row
     return pd.DataFrame([done[key] for key in jobs])
 
-
-def _append(path, key, row):
-    "One finished row at the end of the file, on disk before the run goes on."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as f:
-        f.write((json.dumps({"key": key, "time": time.time(), "row": row}) + "\n").encode())
-        f.flush()
-        os.fsync(f.fileno())
-
 # %% ../nbs/04_tabular.ipynb #b387772d
 def save_results(results: pd.DataFrame, path) -> None:
     "Write a benchmark to a CSV file, whole or not at all; lists and dicts as JSON."
@@ -412,12 +403,6 @@ def scores(
                          "P95": 100 * (share >= 0.95).mean(), "PMA": 100 * share.mean(), "tasks": len(a)}).sort_values("rank")
 
 # %% ../nbs/04_tabular.ipynb #53e01555
-def _posthocs():
-    try: import scikit_posthocs
-    except ImportError: raise ImportError("rank diagrams and pairwise tests need the package scikit-posthocs: pip install 'agop_book[tabular]'") from None
-    return scikit_posthocs
-
-
 def friedman(results: pd.DataFrame, fill: bool = False) -> tuple:
     "Friedman's statistic and p-value for the hypothesis that at least three models are equally good."
     a = wide(results, fill)
@@ -435,13 +420,13 @@ def pairwise(results: pd.DataFrame, correction: str = "holm", fill: bool = False
     "p-values of Wilcoxon's signed-rank test for every pair of models, corrected for their number; equal tasks count half to each side."
     a = wide(results, fill)
     long = a.melt(var_name="model", value_name="accuracy")
-    return _posthocs().posthoc_wilcoxon(long, val_col="accuracy", group_col="model", zero_method="zsplit", p_adjust=correction).loc[list(a), list(a)]
+    return scikit_posthocs.posthoc_wilcoxon(long, val_col="accuracy", group_col="model", zero_method="zsplit", p_adjust=correction).loc[list(a), list(a)]
 
 
 def rank_diagram(results: pd.DataFrame, ax, alpha: float = 0.05, fill: bool = False):
     "Mean ranks on a line, best left; a bar joins models that Nemenyi's test cannot tell apart."
     a = wide(results, fill)
-    _posthocs().critical_difference_diagram(a.rank(axis=1, ascending=False).mean(), _posthocs().posthoc_nemenyi_friedman(a), ax=ax, alpha=alpha, label_fmt_left="{label} ({rank:.2f}) ",
+    scikit_posthocs.critical_difference_diagram(a.rank(axis=1, ascending=False).mean(), scikit_posthocs.posthoc_nemenyi_friedman(a), ax=ax, alpha=alpha, label_fmt_left="{label} ({rank:.2f}) ",
                                             label_fmt_right=" ({rank:.2f}) {label}", color_palette=dict.fromkeys(a, "0.25"))
     ax.set_title(f"mean rank over {len(a)} tasks; critical difference {critical_difference(a.shape[1], len(a), alpha):.2f}")
     return ax

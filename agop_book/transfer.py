@@ -20,6 +20,7 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
+from .agop import matrix_power
 from .cntk import _check_images
 from .convrfm import _ConvRFM
 from .kernels import as_tensor, check_metric
@@ -61,7 +62,7 @@ def _frame(learner, X):
         X = check_array(X, dtype=[np.float64, np.float32], ensure_min_samples=2, input_name="X")
         return X - X.mean(0), f"X has {X.shape[1]} features"
     learner = clone(learner)                                    # its check of the images sets attributes
-    rows, (kernel, _) = learner._rows(X, True), learner._check_params()
+    rows, kernel = learner._rows(X, True), learner._first_kernel()
     rows = check_array(rows, dtype=[np.float64, np.float32], ensure_min_samples=2, input_name="X")
     images = learner._images(rows[np.linspace(0, len(rows) - 1, min(len(rows), 64)).astype(int)], "cpu")
     channels, size = _check_images(kernel, images, "X").shape[1], kernel.patch_size
@@ -88,11 +89,7 @@ def _matrix_of(source, learner, X):
     return _checked(M, Z.shape[1], said, getattr(learner, "diag", False))
 
 
-def _power(M, p):
-    "M^p in float64; what rounding has left below 0 counts as 0."
-    if M.ndim == 1: return M.astype(np.float64).clip(0) ** p
-    values, V = np.linalg.eigh(M.astype(np.float64))
-    return (V * values.clip(0) ** p) @ V.T
+def _power(M, p): return matrix_power(M.astype(np.float64), p, clip=True)      # of a matrix learned in single precision
 
 
 def _checked(M, d, said, diag):

@@ -1,8 +1,5 @@
 "The operator against brute force, across families, devices, processes and bad input."
 import math
-import os
-import subprocess
-import sys
 import warnings
 
 import hypothesis.strategies as st
@@ -373,6 +370,12 @@ def test_powers(d, p, seed):
     assert torch.allclose(P @ matrix_power(A, 1 - p), A, rtol=1e-8, atol=1e-8)
     assert torch.allclose(matrix_power(A.diagonal(), p), A.diagonal() ** p)
     assert np.allclose(matrix_power(A.numpy(), p), P) and matrix_power(A.float(), p).dtype == torch.float32
+
+
+def test_power_clipped():
+    A = np.diag([2.0, -1.0])
+    np.testing.assert_array_equal(matrix_power(A, 2, clip=True), np.diag([4.0, 0.0]))
+    np.testing.assert_array_equal(matrix_power(A.diagonal(), 2, clip=True), [4.0, 0.0])
 
 
 def test_power_of_a_rounded_low_rank_matrix():

@@ -6,7 +6,6 @@ import http.server
 import io
 import os
 import threading
-import warnings
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,5 +1,4 @@
 """The sweep over all weights of a network, against Jacobians taken one weight at a time."""
-import warnings
 
 import numpy as np
 import pandas as pd

@@ -222,6 +222,17 @@ def test_interrupted_fit_keeps_finished_rounds_and_resumes(monkeypatch):
     np.testing.assert_allclose(model.predict(X), whole.predict(X), atol=1e-8)
 
 
+def test_warm_start_goes_on_from_the_kept_round():
+    X, y = problem(80)
+    held = dict(X_val=X[60:], y_val=np.random.default_rng(1).normal(size=20))           # targets that nothing predicts: the best round is any
+    model = RFMRegressor(n_iter=5, warm_start=True).fit(X[:60], y[:60], **held)
+    kept, best, M = model.history_, model.best_round_, model.M_
+    model.fit(X[:60], y[:60], **held)
+    assert model.best_round_ == best < 5, "the seed should leave the best round before the last"
+    np.testing.assert_allclose(model.history_["train_score"], kept["train_score"], atol=1e-9)
+    np.testing.assert_allclose(model.M_, M)
+
+
 def test_singular_gram_matrix_warns_and_fits():
     X, y = np.repeat(problem(20)[0], 2, axis=0), np.random.default_rng(0).normal(size=40)
     with pytest.warns(UserWarning, match="not positive definite with reg=0.*using reg="): model = RFMRegressor(reg=0.0, n_iter=1).fit(X, y)

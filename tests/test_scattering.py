@@ -1,4 +1,3 @@
-import sys
 
 import numpy as np
 import pandas as pd
@@ -15,7 +14,7 @@ from kymatio.scattering2d.frontend.torch_frontend import ScatteringTorch2D
 
 from agop_book.data import load
 from agop_book.kernels import KERNELS, KernelMachine, Laplace, Matern52, Side
-from agop_book.rfm import RFMClassifier, RFMRegressor
+from agop_book.rfm import RFMRegressor
 from agop_book.scattering import MapRFMClassifier, MapRFMRegressor, MapScaler, RowSpan, Scattering, gradient_gram, map_rounds, paths, scatter, wavelet_disk, weigh
 
 DIGITS = load("digits", n=160, random_state=0)
@@ -110,11 +109,6 @@ def test_bad_transform():
     s = Scattering().fit(IMAGES)
     for x, message in ((IMAGES.repeat(3, axis=1), r"\(3, 16, 16\), but the model was fitted to \(1, 16, 16\)"), (IMAGES[:, :, :8], "fitted to"), (np.where(IMAGES > 0, np.inf, 0), "infinity"), (IMAGES.reshape(160, -1)[:, :9], "expecting 256 features")):
         with pytest.raises(ValueError, match=message): s.transform(x)
-
-
-def test_without_kymatio(monkeypatch):
-    monkeypatch.setitem(sys.modules, "kymatio.scattering2d.filter_bank", None)
-    with pytest.raises(ImportError, match="pip install kymatio"): Scattering(L=3).fit(IMAGES)          # L=3: not in the memory of another test
 
 
 def slopes(kernel, X):

@@ -1,7 +1,5 @@
 "The benchmark: protocols, resuming, failures, backends, statistics, foreign tables, the command."
-import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -363,7 +361,6 @@ def test_tests_agree_with_scipy():
     assert np.isclose(friedman(rows)[1], stats.friedmanchisquare(*values.T).pvalue)
     with pytest.raises(ValueError, match="at least 3 models"): friedman(table(values[:, :2], "ab"))
     p = {pair: stats.wilcoxon(*values[:, pair].T).pvalue for pair in ((0, 1), (0, 2), (1, 2))}
-    pytest.importorskip("scikit_posthocs", reason="scikit-posthocs is not installed")
     bonferroni = pairwise(rows, correction="bonferroni")
     assert np.isclose(bonferroni.loc["a", "c"], min(1, 3 * p[0, 2])) and np.isclose(bonferroni.loc["b", "a"], min(1, 3 * p[0, 1]))
     assert pairwise(table(np.repeat(values[:, :1], 3, 1))).to_numpy().min() == 1              # three models that are the same
@@ -374,11 +371,6 @@ def test_tests_agree_with_scipy():
 
 
 def test_critical_difference_of_demsar(): assert abs(critical_difference(5, 30) - 2.728 * (30 / 180)**0.5) < 1e-3
-
-
-def test_without_scikit_posthocs(monkeypatch):
-    monkeypatch.setitem(sys.modules, "scikit_posthocs", None)
-    with pytest.raises(ImportError, match=r"pip install 'agop_book\[tabular\]'"): pairwise(table([[1, 2, 3]]))
 
 
 def test_against():

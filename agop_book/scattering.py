@@ -31,7 +31,7 @@ from .convrfm import CONV_CHECKS, _ConvRFM, check_pairs, ridge_fits
 from .figures import device as pick_device
 from .figures import write_atomic
 from .kernels import KERNELS, Kernel, KernelMachine, Radial, Side
-from .rfm import CHECKS, RFMClassifier, RFMRegressor, _is, _to_family, _to_numpy, check_parameters, fill, free_memory
+from .rfm import CHECKS, RFMClassifier, RFMRegressor, _is, _to_family, _to_numpy, check_parameters, fill, free_memory, gram_rows
 
 # %% ../nbs/13_scattering.ipynb #b7c35098
 @lru_cache(maxsize=8)
@@ -193,9 +193,7 @@ def gradient_gram(A: torch.Tensor,     # (n, n) slopes -phi'(r)/r, zero diagonal
                   ) -> torch.Tensor:
     "S `(n, n)` such that X^T S X / n is the AGOP of a radial kernel machine over its centers X, all outputs summed, for M = I."
     beta = A @ coef
-    cross = coef @ beta.T
-    S = (A @ A).mul_(coef @ coef.T).sub_(A * (cross + cross.T))
-    S.diagonal().add_(beta.square().sum(1))
+    S = gram_rows(A, A @ A, coef, beta, slice(None))
     if center:
         mean = coef * A.sum(0)[:, None] - beta
         S = S - mean @ mean.T / len(A)

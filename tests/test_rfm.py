@@ -19,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from agop_book.data import low_rank
-from agop_book.kernels import KERNELS, KernelMachine, Laplace, Matern52, NTK, Side
+from agop_book.kernels import Gaussian, KERNELS, KernelMachine, Laplace, Matern52, NTK, Side
 from agop_book.rfm import CholeskySolver, RFMClassifier, RFMRegressor, cholesky_, fill, plan_memory, rounds, slopes_product
 
 
@@ -220,6 +220,19 @@ def test_interrupted_fit_keeps_finished_rounds_and_resumes(monkeypatch):
     model.fit(X, y)
     assert list(model.history_["round"]) == [0, 1, 2, 3, 4]
     np.testing.assert_allclose(model.predict(X), whole.predict(X), atol=1e-8)
+
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(2, 300), d=st.integers(1, 12), c=st.integers(1, 60), center=st.booleans(), diag=st.booleans(), kernel=st.sampled_from([Laplace(3.0), Gaussian(3.0), Matern52(3.0)]), seed=st.integers(0, 99))
+def test_all_outputs_together_equal_one_by_one(n, d, c, center, diag, kernel, seed):
+    torch.manual_seed(seed)
+    X, Y = torch.randn(n, d, dtype=torch.float64), torch.randn(n, c, dtype=torch.float64)
+    solver, side = CholeskySolver(n, d, c, X), Side(X)
+    coef, used = solver.solve(kernel, side, Y, 1e-2, True)
+    exact = KernelMachine(kernel, X, coef).agop(center=center, diag=diag)
+    together = solver._together(side, coef, diag, center) / n
+    np.testing.assert_allclose(together, exact, atol=1e-10 * float(exact.abs().max()) + 1e-14)
+    np.testing.assert_allclose(solver.agop(kernel, side, Y, coef, used, None, diag, center), exact, atol=1e-10 * float(exact.abs().max()) + 1e-14)
 
 
 def test_warm_start_goes_on_from_the_kept_round():

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['BUNDLED', 'RIDGES', 'BANDWIDTH', 'MODELS', 'TUNED', 'PROTOCOLS', 'SUITES', 'split_task', 'one_scale', 'get_task',
-           'Model', 'several_ridges', 'several_rounds', 'unit_rows', 'median_distance', 'KernelModel', 'XRFM', 'whole',
-           'given_split', 'inner_folds', 'score', 'choose', 'evaluate', 'benchmark', 'save_results', 'read_results',
-           'stored_results', 'main', 'wide', 'scores', 'friedman', 'critical_difference', 'pairwise', 'rank_diagram',
-           'against', 'published', 'grinsztajn_task', 'grinsztajn']
+           'Model', 'several_ridges', 'several_rounds', 'holds', 'unit_rows', 'median_distance', 'KernelModel', 'XRFM',
+           'rows_and_folds', 'given_split', 'inner_folds', 'task_score', 'choose_parameters', 'evaluate', 'benchmark',
+           'save_results', 'read_results', 'stored_results', 'accuracy_table', 'ranking', 'friedman',
+           'critical_difference', 'pairwise', 'rank_diagram', 'gains_over', 'read_published', 'grinsztajn_task',
+           'grinsztajn']
 
 # %% ../nbs/04_tabular.ipynb #ec11e5ac
 import argparse
@@ -22,6 +23,7 @@ import warnings
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib import import_module, resources
+from itertools import groupby
 from pathlib import Path
 
 import joblib
@@ -127,6 +129,12 @@ def several_rounds(kernel, X, Y, X_new, regs, n_iter, center=False, diag=False):
             yield reg, t, KernelMachine(kernel, X, coef, M)(X_new).numpy()
 
 
+def holds(kernel, X, reg, dtype=torch.float32) -> bool:
+    "Whether kernel ridge regression in `dtype` is exact to about a tenth of its targets: n eps max_i k(x_i, x_i) <= reg / 10."
+    longest = X[X.square().sum(1).argmax(), None]
+    return len(X) * torch.finfo(dtype).eps * float(kernel(longest)) <= 0.1 * reg
+
+
 def _in_double(X, Y, X_new, reg):
     "The same in float64, for a ridge that float32 cannot hold."
     if X.dtype == torch.float64: raise ValueError(f"the Gram matrix is not positive definite with ridge {reg}: give larger ridges")
@@ -152,25 +160,26 @@ class KernelModel:
     grid: dict                   # "reg" and, as wanted, "rounds", "diag", "unit_rows" and the kernel's own parameters
     relative: bool = False       # bandwidths are multiples of the median distance between training points
     max_centers: int = 12_000    # with more training rows than this, a random subset of them
-    single: int = 1000           # with more training rows than this, float32 where it can hold the ridge
+    single: int = 1000           # with more training rows than this, float32 where it can hold the ridge (`holds`)
 
     def candidates(self, X, y, n_classes, X_new, grid=None):
         "Yields `(parameters, predictions at X_new)` for every point of `grid` (default: the model's own)."
         if len(X) > self.max_centers:
             rows = np.random.RandomState(0).permutation(len(X))[:self.max_centers]
             X, y = X[rows], y[rows]
-        tensor = lambda a: torch.from_numpy(np.ascontiguousarray(a)).to(torch.float32 if len(X) > self.single else torch.float64)
         mean, std = (0, 1) if n_classes else (y.mean(), y.std() or 1.0)
-        Y = tensor(np.eye(n_classes)[y] if n_classes else (y[:, None] - mean) / std)
+        Y = np.eye(n_classes)[y] if n_classes else (y[:, None] - mean) / std
         grid = dict(self.grid if grid is None else grid)
         regs, wanted = grid.pop("reg"), grid.pop("rounds", [0])
         for params in ParameterGrid(grid):
             Z, Z_new = map(unit_rows, (X, X_new)) if params.get("unit_rows") else (X, X_new)
             options = {k: v for k, v in params.items() if k not in ("unit_rows", "diag")}
             if self.relative: options["bandwidth"] *= median_distance(Z)
-            problem = KERNELS[self.kernel](**options), tensor(Z), Y, tensor(Z_new), regs
-            for reg, t, f in several_rounds(*problem, max(wanted), not n_classes, params.get("diag", False)) if max(wanted) else several_ridges(*problem):
-                if t in wanted: yield {**params, "reg": reg, "rounds": t}, f.argmax(1) if n_classes else f[:, 0] * std + mean
+            kernel, data = KERNELS[self.kernel](**options), [torch.from_numpy(np.ascontiguousarray(a, np.float64)) for a in (Z, Y, Z_new)]
+            for single, part in groupby(regs, lambda reg: len(X) > self.single and holds(kernel, data[0], reg)):
+                problem = kernel, *(a.float() if single else a for a in data), list(part)
+                for reg, t, f in several_rounds(*problem, max(wanted), not n_classes, params.get("diag", False)) if max(wanted) else several_ridges(*problem):
+                    if t in wanted: yield {**params, "reg": reg, "rounds": t}, f.argmax(1) if n_classes else f[:, 0] * std + mean
 
 # %% ../nbs/04_tabular.ipynb #38952400
 class XRFM(ClassifierMixin, BaseEstimator):
@@ -209,7 +218,7 @@ MODELS = {
 }
 
 # %% ../nbs/04_tabular.ipynb #90e5505d
-def whole(task: Task):
+def rows_and_folds(task: Task):
     "Rows `x`, `y` of a task with its pairs of training and test rows: the given folds or, where there is a test table, that."
     if task.x_test is None: return task.x, task.y, task.folds
     n, m = len(task.x), len(task.x_test)
@@ -228,7 +237,7 @@ def inner_folds(task: Task, n_splits: int = 3, most: int = 1000) -> list:
         y = task.y[rows]
         kind = StratifiedKFold if task.n_classes and np.bincount(y).max() >= n_splits else KFold
         return [(rows[a], rows[b]) for a, b in kind(n_splits, shuffle=True, random_state=0).split(rows, y)]
-    return [splits(train) for train, _ in whole(task)[2]]
+    return [splits(train) for train, _ in rows_and_folds(task)[2]]
 
 # %% ../nbs/04_tabular.ipynb #a3194748
 _MULTIPLES, _FINER = {"bandwidth": [0.5, 1.5]}, [1, 0.1, 0.01, 0.001]
@@ -241,18 +250,18 @@ TUNED = {
 PROTOCOLS = {"published": (given_split, MODELS), "nested": (inner_folds, TUNED)}
 
 # %% ../nbs/04_tabular.ipynb #8c9638ea
-def score(task: Task, y, predicted) -> float:
+def task_score(task: Task, y, predicted) -> float:
     "Accuracy; R2 for a regression."
     return float(accuracy_score(y, predicted) if task.n_classes else r2_score(y, predicted))
 
 
-def choose(model, task: Task, splits) -> dict:
+def choose_parameters(model, task: Task, splits) -> dict:
     "The parameters with the best mean score over `splits`; ties go to fewer rounds, then to the first of the grid."
     if isinstance(model, Model) and len(ParameterGrid(model.grid)) == 1: return ParameterGrid(model.grid)[0]
     tried = {}
     for train, validation in splits:
         for params, predicted in model.candidates(task.x[train], task.y[train], task.n_classes, task.x[validation]):
-            tried.setdefault(json.dumps(params, sort_keys=True), [params, []])[1].append(score(task, task.y[validation], predicted))
+            tried.setdefault(json.dumps(params, sort_keys=True), [params, []])[1].append(task_score(task, task.y[validation], predicted))
     return max(tried.values(), key=lambda e: (round(np.mean(e[1]), 12), -e[0].get("rounds", 0)))[0]
 
 
@@ -260,12 +269,12 @@ def evaluate(task, model, protocol: str = "published") -> dict:
     "Test scores of `model` on every fold of `task` (a name or a Task), what was chosen, what it cost: `seconds` of the clock, `cpu` seconds of the processor."
     task = get_task(task) if isinstance(task, str) else task
     start, cpu = time.perf_counter(), time.process_time()
-    X, y, folds = whole(task)
-    chosen = [choose(model, task, splits) for splits in PROTOCOLS[protocol][0](task)]
+    X, y, folds = rows_and_folds(task)
+    chosen = [choose_parameters(model, task, splits) for splits in PROTOCOLS[protocol][0](task)]
     scores = []
     for (train, test), params in zip(folds, chosen * (len(folds) // len(chosen))):
         (_, predicted), = model.candidates(X[train], y[train], task.n_classes, X[test], {k: [v] for k, v in params.items()})
-        scores.append(score(task, y[test], predicted))
+        scores.append(task_score(task, y[test], predicted))
     return {"accuracy": float(np.mean(scores)), "folds": scores, "chosen": chosen, "seconds": round(time.perf_counter() - start, 3),
             "cpu": round(time.process_time() - cpu, 3), "n": len(X), "d": X.shape[1], "classes": task.n_classes, "error": None}
 
@@ -353,7 +362,7 @@ def stored_results():
     return next((read_results(path) for path in places if path.is_file()), None)
 
 # %% ../nbs/04_tabular.ipynb #c27722cf
-def main(argv=None) -> int:
+def _main(argv=None) -> int:
     "The command `python -m agop_book.tabular`."
     parser = argparse.ArgumentParser(prog="python -m agop_book.tabular", description="Run models on tasks of the benchmark and print their accuracy.")
     parser.add_argument("tasks", nargs="*", metavar="TASK", help="names, such as flags or sklearn/iris; none: all of the 121 that are on this machine")
@@ -374,10 +383,10 @@ def main(argv=None) -> int:
     return int(results["error"].notna().any())
 
 # %% ../nbs/04_tabular.ipynb #8507861b
-if __name__ == "__main__" and "__file__" in globals(): raise SystemExit(import_module("agop_book.tabular").main())   # by its name, so that other processes find it
+if __name__ == "__main__" and "__file__" in globals(): raise SystemExit(import_module("agop_book.tabular")._main())   # by its name, so that other processes find it
 
 # %% ../nbs/04_tabular.ipynb #42b67291
-def wide(results: pd.DataFrame, fill: bool = False) -> pd.DataFrame:
+def accuracy_table(results: pd.DataFrame, fill: bool = False) -> pd.DataFrame:
     """Accuracies, tasks x models. Tasks where a model has none are left out; with `fill` the mean of the others takes its place.
 
     ValueError where a task and model occur twice (two protocols: select one) and where no task remains.
@@ -392,12 +401,12 @@ def wide(results: pd.DataFrame, fill: bool = False) -> pd.DataFrame:
     return table
 
 
-def scores(
+def ranking(
     results: pd.DataFrame,   # columns task, model, accuracy
-    fill: bool = False,      # as in `wide`
+    fill: bool = False,      # as in `accuracy_table`
 ) -> pd.DataFrame:           # one row per model, best rank first; all but the rank in percent
     "Mean accuracy, Friedman rank, P90, P95 and PMA of every model over the tasks that all of them have."
-    a = wide(results, fill)
+    a = accuracy_table(results, fill)
     share = a.div(a.max(axis=1).where(lambda best: best > 0, 1), axis=0)
     return pd.DataFrame({"accuracy": 100 * a.mean(), "rank": a.rank(axis=1, ascending=False).mean(), "P90": 100 * (share >= 0.9).mean(),
                          "P95": 100 * (share >= 0.95).mean(), "PMA": 100 * share.mean(), "tasks": len(a)}).sort_values("rank")
@@ -405,7 +414,7 @@ def scores(
 # %% ../nbs/04_tabular.ipynb #53e01555
 def friedman(results: pd.DataFrame, fill: bool = False) -> tuple:
     "Friedman's statistic and p-value for the hypothesis that at least three models are equally good."
-    a = wide(results, fill)
+    a = accuracy_table(results, fill)
     if a.shape[1] < 3: raise ValueError(f"Friedman's test compares at least 3 models, got {a.shape[1]} ({', '.join(a)}); use pairwise")
     found = stats.friedmanchisquare(*a.to_numpy().T)
     return float(found.statistic), float(found.pvalue)
@@ -418,23 +427,23 @@ def critical_difference(k: int, n: int, alpha: float = 0.05) -> float:
 
 def pairwise(results: pd.DataFrame, correction: str = "holm", fill: bool = False) -> pd.DataFrame:
     "p-values of Wilcoxon's signed-rank test for every pair of models, corrected for their number; equal tasks count half to each side."
-    a = wide(results, fill)
+    a = accuracy_table(results, fill)
     long = a.melt(var_name="model", value_name="accuracy")
     return scikit_posthocs.posthoc_wilcoxon(long, val_col="accuracy", group_col="model", zero_method="zsplit", p_adjust=correction).loc[list(a), list(a)]
 
 
 def rank_diagram(results: pd.DataFrame, ax, alpha: float = 0.05, fill: bool = False):
     "Mean ranks on a line, best left; a bar joins models that Nemenyi's test cannot tell apart."
-    a = wide(results, fill)
+    a = accuracy_table(results, fill)
     scikit_posthocs.critical_difference_diagram(a.rank(axis=1, ascending=False).mean(), scikit_posthocs.posthoc_nemenyi_friedman(a), ax=ax, alpha=alpha, label_fmt_left="{label} ({rank:.2f}) ",
                                             label_fmt_right=" ({rank:.2f}) {label}", color_palette=dict.fromkeys(a, "0.25"))
     ax.set_title(f"mean rank over {len(a)} tasks; critical difference {critical_difference(a.shape[1], len(a), alpha):.2f}")
     return ax
 
 # %% ../nbs/04_tabular.ipynb #c57aeae1
-def against(results: pd.DataFrame, base: str = "Laplace") -> pd.DataFrame:
+def gains_over(results: pd.DataFrame, base: str = "Laplace") -> pd.DataFrame:
     "Every model against `base`: tasks won, equal and lost, mean gain, largest gain and loss (in points) with their tasks, p of Wilcoxon's test."
-    a = 100 * wide(results, fill=False)
+    a = 100 * accuracy_table(results, fill=False)
     if base not in a: raise ValueError(f"no model {base!r} in results{_did_you_mean(base, list(a))}; there are {', '.join(a)}")
     rows = {}
     for name in a.columns.drop(base):
@@ -444,7 +453,7 @@ def against(results: pd.DataFrame, base: str = "Laplace") -> pd.DataFrame:
     return pd.DataFrame(rows).T
 
 # %% ../nbs/04_tabular.ipynb #752aaa92
-def published(path) -> pd.DataFrame:
+def read_published(path) -> pd.DataFrame:
     "Columns task, model, accuracy from a text table of percentages: a header of classifiers, one line per task, `--` where one failed. UnreadableData names file and line."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"no table of published accuracies at {str(path)!r}; it comes with Fernández-Delgado et al. 2014 (results.txt)")

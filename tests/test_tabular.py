@@ -3,12 +3,14 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import joblib
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy import stats
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.kernel_ridge import KernelRidge
@@ -17,10 +19,11 @@ from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 
 from agop_book import tabular
 from agop_book.data import DataNotFound, Task, UnreadableData
-from agop_book.kernels import Laplace
+from agop_book.kernels import NTK, Laplace
 from agop_book.rfm import RFMClassifier
-from agop_book.tabular import (MODELS, PROTOCOLS, TUNED, KernelModel, Model, against, benchmark, choose, critical_difference, evaluate, friedman, get_task, given_split, grinsztajn, inner_folds, main, median_distance,
-                               one_scale, pairwise, published, rank_diagram, read_results, save_results, scores, several_ridges, several_rounds, split_task, stored_results, unit_rows, whole, wide)
+from agop_book.tabular import (MODELS, PROTOCOLS, TUNED, KernelModel, Model, accuracy_table, benchmark, choose_parameters, critical_difference, evaluate, friedman, gains_over, get_task, given_split, grinsztajn, holds,
+                               inner_folds, _main, median_distance, one_scale, pairwise, rank_diagram, ranking, read_published, read_results, rows_and_folds, save_results, several_ridges, several_rounds, split_task,
+                               stored_results, unit_rows)
 
 REAL = Path(os.environ.get("AGOP_BOOK_DATA") or Path(__file__).parents[2] / "shared/data")
 SMALL = {"RFM": KernelModel("laplace", {"bandwidth": [10.0], "reg": [0.1, 0.01], "rounds": [0, 1, 2]}), "Laplace": KernelModel("laplace", {"bandwidth": [10.0], "reg": [0.1, 0.01]}),
@@ -60,7 +63,7 @@ def test_a_test_table_is_brought_to_the_scale_of_the_training_table():
     t = toy()
     raw = Task("raw", t.x, t.y, 3, t.train, t.validation, t.folds, 50 + 9 * t.x, t.y)
     assert np.allclose(one_scale(raw).x_test, t.x) and one_scale(t) is t
-    x, y, folds = whole(raw)
+    x, y, folds = rows_and_folds(raw)
     assert x.shape == (120, 4) and [len(part) for part in folds[0]] == [60, 60] and len(folds) == 1
     constant = one_scale(Task("c", np.ones((4, 2)), t.y[:4], 3, None, None, [], np.ones((3, 2)), t.y[:3]))
     assert (constant.x == 0).all() and (constant.x_test == 0).all()
@@ -113,6 +116,18 @@ def test_kernel_candidates_equal_the_estimators():
     assert (relative == RFMClassifier(bandwidth=2 * r, reg=0.1, n_iter=0).fit(X, y).predict(X_new)).all()
     (_, unit), = KernelModel("laplace", {"bandwidth": [1.0], "unit_rows": [True], "reg": [0.1]}).candidates(X, y, 3, X_new)
     assert (unit == RFMClassifier(bandwidth=1.0, reg=0.1, n_iter=0).fit(unit_rows(X), y).predict(unit_rows(X_new))).all()
+
+
+def test_ridges_that_single_precision_cannot_hold_run_in_double():
+    rng = np.random.default_rng(0)
+    which = rng.integers(10, size=1500)
+    X, y, X_new = rng.standard_normal((10, 3))[which], rng.integers(2, size=1500), rng.standard_normal((40, 3))
+    model = KernelModel("laplace", {"bandwidth": [5.0], "reg": [1, 1e-3, 1e-5], "rounds": [0, 2]})
+    for (params, got), (same, exact) in zip(model.candidates(X, y, 2, X_new), replace(model, single=10**9).candidates(X, y, 2, X_new), strict=True):
+        assert params == same
+        if params["reg"] < 1: np.testing.assert_array_equal(got, exact)
+    assert holds(Laplace(1.0), torch.ones(1000, 3), 0.01) and not holds(Laplace(1.0), torch.ones(1000, 3), 1e-4)
+    assert not holds(NTK(), 100 * torch.ones(1000, 3), 0.01), "the NTK grows with the rows"
 
 
 def test_ridges_against_scikit_learn():
@@ -217,7 +232,7 @@ def test_ties_go_to_fewer_rounds():
             for reg in (10, 1):
                 for rounds in (3, 0, 1): yield {"reg": reg, "rounds": rounds}, np.zeros(len(X_new), int)
     t = toy()
-    assert choose(Tied(), t, given_split(t)[0]) == {"reg": 10, "rounds": 0}
+    assert choose_parameters(Tied(), t, given_split(t)[0]) == {"reg": 10, "rounds": 0}
     results = benchmark([split_task("random", t.x, np.random.default_rng(1).integers(0, 2, 60))], {k: SMALL[k] for k in ("RFM", "Laplace")}, progress=False)
     if results["chosen"][0][0]["rounds"] == 0: assert results["folds"][0] == results["folds"][1]
 
@@ -315,7 +330,7 @@ def test_stored_results_are_the_whole_run():
 @pytest.mark.skipif(not (REAL / "uci121/flags").is_dir(), reason="the 121 tasks are not on this machine")
 def test_a_stored_row_can_be_had_again(monkeypatch, capsys):
     monkeypatch.setenv("AGOP_BOOK_DATA", str(REAL))
-    assert main(["flags", "--model", "RFM"]) == 0
+    assert _main(["flags", "--model", "RFM"]) == 0
     printed, stored = capsys.readouterr().out, stored_results()
     assert "flags" in printed and "RFM" in printed
     if stored is not None:
@@ -332,7 +347,7 @@ def test_the_command_in_two_processes(tmp_path):
 
 @pytest.mark.parametrize("argv, words", [(["sklearn/irsi"], "did you mean sklearn/iris"), (["sklearn/iris", "--model", "RMF"], "did you mean RFM"), ([], "AGOP_BOOK_DATA")])
 def test_command_line_errors(capsys, argv, words):
-    with pytest.raises(SystemExit) as stop: main(argv)
+    with pytest.raises(SystemExit) as stop: _main(argv)
     assert stop.value.code == 2 and words in capsys.readouterr().err
 
 
@@ -342,16 +357,16 @@ def table(values, models="abc"): return pd.DataFrame([(f"t{i}", m, v) for i, row
 
 
 def test_scores_by_hand():
-    s = scores(table([[1.0, 0.9, 0.5], [0.5, 0.5, 0.46], [0.0, 0.0, 0.0]]))
+    s = ranking(table([[1.0, 0.9, 0.5], [0.5, 0.5, 0.46], [0.0, 0.0, 0.0]]))
     assert s.loc["a", "rank"] == (1 + 1.5 + 2) / 3 and s.loc["c", "rank"] == (3 + 3 + 2) / 3 and s.index[0] == "a"
     assert np.isclose(s.loc["c", "PMA"], 100 * (0.5 + 0.92 + 0) / 3) and np.isclose(s.loc["c", "P90"], 100 / 3) and np.isclose(s.loc["b", "P95"], 100 / 3)
 
 
 def test_missing_accuracies():
     rows = table([[1.0, 0.9, np.nan], [0.5, 0.4, 0.3]])
-    assert scores(rows)["tasks"].tolist() == [1, 1, 1] and np.isclose(wide(rows, fill=True).loc["t0", "c"], 0.95)
-    with pytest.raises(ValueError, match="fill=True"): scores(table([[1.0, np.nan, 0.5]]))
-    with pytest.raises(ValueError, match="two rows for the task.*select one protocol"): scores(pd.concat([rows, rows]))
+    assert ranking(rows)["tasks"].tolist() == [1, 1, 1] and np.isclose(accuracy_table(rows, fill=True).loc["t0", "c"], 0.95)
+    with pytest.raises(ValueError, match="fill=True"): ranking(table([[1.0, np.nan, 0.5]]))
+    with pytest.raises(ValueError, match="two rows for the task.*select one protocol"): ranking(pd.concat([rows, rows]))
 
 
 def test_tests_agree_with_scipy():
@@ -374,9 +389,9 @@ def test_critical_difference_of_demsar(): assert abs(critical_difference(5, 30) 
 
 
 def test_against():
-    rows = against(table([[0.5, 0.6, 0.5], [0.5, 0.4, 0.5], [0.5, 0.9, 0.5]]), "a")
+    rows = gains_over(table([[0.5, 0.6, 0.5], [0.5, 0.4, 0.5], [0.5, 0.9, 0.5]]), "a")
     assert rows.loc["b", ["won", "equal", "lost"]].tolist() == [2, 0, 1] and np.isclose(rows.loc["b", "largest gain"], 40) and rows.loc["b", "on"] == "t2" and rows.loc["c", "p"] == 1
-    with pytest.raises(ValueError, match="no model 'Laplce' in results.*there are a, b, c"): against(table([[1, 2, 3]]), "Laplce")
+    with pytest.raises(ValueError, match="no model 'Laplce' in results.*there are a, b, c"): gains_over(table([[1, 2, 3]]), "Laplce")
 
 
 # --- foreign tables -----------------------------------------------------------------------------------------------------------------------------
@@ -385,18 +400,18 @@ def test_published_accuracies(tmp_path):
     path = tmp_path / "results.txt"
     for header in ("problem rforest_R svm_C", "rforest_R\tsvm_C"):
         path.write_text(f"{header}\nabalone 62.3 --\n\nt0   96.0\t97.3\n")
-        theirs = published(path)
+        theirs = read_published(path)
         assert theirs["accuracy"].tolist()[::2] == [0.623, 0.96] and theirs["accuracy"].isna().sum() == 1 and set(theirs["model"]) == {"rforest_R", "svm_C"}
-    together = scores(pd.concat([table([[1.0, 0.9, 0.5]]), theirs]))
-    assert len(together) == 5 and together["tasks"].max() == 1 and len(scores(theirs, fill=True)) == 2
+    together = ranking(pd.concat([table([[1.0, 0.9, 0.5]]), theirs]))
+    assert len(together) == 5 and together["tasks"].max() == 1 and len(ranking(theirs, fill=True)) == 2
 
 
 @pytest.mark.parametrize("text, words", [("a b\nt 1 2 3\n", "line 1: 2 classifiers for 3 accuracies"), ("a b\nt 1 2\nu 1\n", "line 3: 1 accuracies, expected 2"), ("a b\nt 1 x\n", "line 2: 'x' is not a number.*b on t"),
                                          ("a b\nt 1 200\n", "line 2: 200 is not a percentage"), ("", "found 0 lines")])
 def test_malformed_published_table(tmp_path, text, words):
     (tmp_path / "r.txt").write_text(text)
-    with pytest.raises(UnreadableData, match=words): published(tmp_path / "r.txt")
-    with pytest.raises(FileNotFoundError, match="no table of published"): published(tmp_path / "none.txt")
+    with pytest.raises(UnreadableData, match=words): read_published(tmp_path / "r.txt")
+    with pytest.raises(FileNotFoundError, match="no table of published"): read_published(tmp_path / "none.txt")
 
 
 ARFF = "@relation toy\n@attribute width numeric\n@attribute colour {red,green}\n@attribute target %s\n@data\n%s\n"

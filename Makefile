@@ -40,7 +40,7 @@ book: $(STAMP)  ## run every chapter, make every figure, the report page and the
 	@echo; echo "Figures and records: $(OUT)/"; ls -1 "$(OUT)"/*.html | sed 's/^/Report page: /'; echo "Site: _site/index.html"
 
 test: $(STAMP)  ## exports fresh, the chapters' own tests, pytest, the site with warnings as errors
-	$(BIN)/python -m pytest -ra --durations=5 tests $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -ra -n 2 --dist worksteal --durations=5 tests $(ARGS)
 
 site: $(STAMP)  ## the offline site, in _site/
 	@$(BIN)/python docs/build.py

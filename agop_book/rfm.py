@@ -136,7 +136,8 @@ class CholeskySolver:
         "AGOP `(d, d)` at the training points, outputs summed; its diagonal `(d,)` with `diag`."
         n, d, c = *side.x.shape, coef.shape[1]
         together = isinstance(kernel, Radial) and n**2 * (n + 3 * c + d) + 10 * d**3 < n**2 * c * d      # multiplications, with those of an eigendecomposition
-        total = self._together(side, coef, diag, center) if together else sum(J.square().sum(0) if diag else J.T @ J for J in self._jacobians(kernel, side, Y, coef, reg, M, center))
+        total = self._together(side, coef, diag, center) if together else None
+        if total is None: total = sum(J.square().sum(0) if diag else J.T @ J for J in self._jacobians(kernel, side, Y, coef, reg, M, center))
         return total / n if diag else (total + total.T) / (2 * n)
 
     def _jacobians(self, kernel, side, Y, coef, reg, M, center):
@@ -148,16 +149,19 @@ class CholeskySolver:
             yield J - J.mean(0) if center else J
 
     def _together(self, side, coef, diag, center):
-        beta, Z, total = slopes_product(self.buf, coef), side.xM, 0
+        "n AGOP from S; None where near-coincident points, whose slopes are squared in S, would cost more than half of the digits."
+        beta, Z, total, weight = slopes_product(self.buf, coef), side.xM, 0, 0
         for rows in blocks(len(Z), 256):
             A = slopes_rows(self.buf, rows)
-            SZ = gram_rows(A, slopes_product(self.buf, A.T).T, coef, beta, rows) @ Z
+            S = gram_rows(A, slopes_product(self.buf, A.T).T, coef, beta, rows)
+            SZ, weight = S @ Z, weight + S.diagonal(rows.start) @ Z[rows].square().sum(1)
             total = total + ((Z[rows] * SZ).sum(0) if diag else Z[rows].T @ SZ)
+        if not (torch.isfinite(total).all() and (total if diag else total.diagonal()).sum() > torch.finfo(Z.dtype).eps ** 0.5 * weight): return None
         if center:
             mean = Z.T @ (coef * slopes_product(self.buf, torch.ones_like(coef[:, :1])) - beta)
             total = total - (mean.square().sum(1) if diag else mean @ mean.T) / len(Z)
         if diag: return total.clamp_(min=0)
-        return matrix_power((total + total.T) / 2, 1, clip=True) if torch.isfinite(total).all() else total   # rounding can leave negative eigenvalues
+        return matrix_power((total + total.T) / 2, 1, clip=True)       # rounding can leave negative eigenvalues
 
 
 SOLVERS = {"cholesky": CholeskySolver}

@@ -279,7 +279,7 @@ class _Rounds(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         try:
             with safe_open(path, framework="numpy") as f:
                 meta, arrays = json.loads(f.metadata()["agop_book"]), {k: torch.from_numpy(f.get_tensor(k)) for k in f.keys()}
-                arrays["M"], arrays["centers"], arrays["coef"]
+                arrays["M"], arrays["centers"], arrays["coef"]       # a file without one of them is damaged too
         except Exception as e: raise ValueError(f"{str(path)!r} is not a complete model file written by save(): {e}") from None
         if meta["class"] != cls.__name__: raise ValueError(f"{str(path)!r} holds a {meta['class']}, not a {cls.__name__}; call {meta['class']}.load.")
         model, machine = cls._rebuilt(meta, {**arrays, "M_": None if meta["identity"] else arrays["M"]})

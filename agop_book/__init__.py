@@ -10,7 +10,8 @@ _HOMES = {
     "Scattering": "scattering", "MapRFMClassifier": "scattering", "MapRFMRegressor": "scattering",
     "Matern32": "kernels", "Matern52": "kernels", "NTK": "kernels",
 }
-_MODULES = {*_HOMES.values(), "nfa", "mlps", "patches", "rnns", "attention", "tabular", "tokens", "figures", "reproduce"}
+_MODULES = {*_HOMES.values(), "nfa", "mlps", "patches", "rnns", "attention", "tabular", "tokens", "figures", "reproduce",
+            "arrays", "memory", "files"}
 __all__ = list(_HOMES)
 
 

@@ -13,17 +13,19 @@ import warnings
 from dataclasses import dataclass, replace
 
 import numpy as np
-import pandas as pd
 import torch
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch.nn.functional import conv2d, fold, pad, unfold
 
+from .arrays import is_number as _is
+from .arrays import like, plain
 from .agop import matrix_power, top_directions
 from .cntk import CNTK, patch_agop
 from .figures import device as pick_device
 from .kernels import check_metric
-from .rfm import CHECKS, RFMClassifier, RFMRegressor, Round, _is, _to_numpy, check_parameters, free_memory
+from .memory import free_memory, plan
+from .rfm import _RFM, CHECKS, RFMClassifier, RFMRegressor, Round, check_parameters
 
 # %% ../nbs/12_convrfm.ipynb #a67a53cf
 STAR = np.array([[pixel == "#" for pixel in row] for row in ("...#...", "..###..", "#######", ".#####.", "..###..", ".#####.", ".##.##.")])
@@ -129,16 +131,14 @@ CONV_CHECKS = {  # parameter: (test, what it must be); the kernel checks its own
 }
 
 
-def check_pairs(n: int, n_val: int, d: int, itemsize: int, limit: float):
-    "MemoryError, saying what would fit, when three Gram matrices of `n` images and one of `n_val` x `n` exceed `limit` bytes."
-    need = lambda n: itemsize * (3 * n * n + n_val * n + 4 * n * d) + 2**28
-    if need(n) <= limit: return
-    fits = max((m for m in (n * t // 200 for t in range(200)) if need(m) <= limit), default=0)
-    raise MemoryError(f"X has {n:,} images, {n * n:,} pairs: their Gram matrices take {need(n) / 2**30:.1f} GiB in {8 * itemsize}-bit numbers, {limit / 2**30:.1f} GiB are free. "
-                      f"About {fits:,} images fit; pass float32 images (half the memory), fewer of them, or a larger memory_limit.")
+def check_pairs(n: int, n_val: int, d: int, itemsize: int, limit: float, c: int = 1):
+    "MemoryError, saying what would fit, when three Gram matrices of `n` images and one of `n_val` x `n`, with `c` outputs, exceed `limit` bytes."
+    need = lambda n: itemsize * (3 * n * n + n_val * n + n * (4 * d + 4 * c)) + 2**28
+    what = f"a fit to X with {n:,} images, {n * n:,} pairs, in {8 * itemsize}-bit numbers,"
+    plan(need, what, "Pass float32 images (half the memory), fewer of them, or a larger memory_limit.", size=n, unit="images", limit=limit)
 
 # %% ../nbs/12_convrfm.ipynb #f98035da
-class _ConvRFM:
+class _ConvRFM(_RFM):
     "What the convolutional estimators share; comes before `RFMRegressor` or `RFMClassifier` among the bases. See `ConvRFMRegressor`."
 
     def __init__(self, depth=3, patch_size=3, n_iter=3, reg=1e-3, n_grad=20, padding="valid", pooling=False, image_shape=None, validation_fraction=None,
@@ -153,9 +153,13 @@ class _ConvRFM:
 
     def _rows(self, X, fitting=False):
         "Images as rows `(n, c * h * w)`; rows as they are. Sets `image_shape_` when fitting, else compares with it."
-        X = _to_numpy(X)
+        X = plain(X, "X")
         shape, known = np.shape(X), self.image_shape if fitting else self.image_shape_
-        if len(shape) == 4: found = shape[1:]
+        if len(shape) == 4:
+            found = shape[1:]
+            if known is None and shape[3] in (1, 3, 4) and shape[1] not in (1, 3, 4):
+                raise ValueError(f"X has shape {shape}, which looks like (n, height, width, channels); images must be (n, channels, height, width): pass "
+                                 f"X.transpose(0, 3, 1, 2), or image_shape={tuple(shape[1:])} if there are {shape[1]} channels.")
         elif len(shape) != 2: raise ValueError(f"X has shape {shape}; images must be (n, channels, height, width), or rows with image_shape. For grey images (n, h, w) pass X[:, None].")
         elif known is None: raise ValueError(f"X has shape {shape}: rows need image_shape=(channels, height, width), with product {shape[1]}.")
         else: found = tuple(known) if np.prod(known) == shape[1] else shape[1:]
@@ -180,12 +184,16 @@ class _ConvRFM:
         rounds before it lets KeyboardInterrupt through. `M` `(p, p)` is the matrix of round 0 (None: the identity). Raises ValueError for bad input, MemoryError when X has too many images.
         """
         kernel, device = self._first_kernel(), pick_device(self.device)
-        X, Y, X_val, y_val = self._validation(*self._check_fit(X, y), X_val, y_val)
-        check_pairs(len(X), 0 if X_val is None else len(X_val), X.shape[1], X.itemsize, self.memory_limit or free_memory(device))
+        X, Y, X_val, y_val = self._data(X, y, X_val, y_val, device)
         dtype = torch.float32 if device.type == "cuda" else None
         Xt, Yt = self._images(X, device, dtype), torch.from_numpy(np.array(Y, X.dtype)).to(device, dtype)
         self._layer(kernel, Xt, Yt, None if X_val is None else self._images(X_val, device, dtype), y_val, self._first_metric(M, Xt))
         return self
+
+    def _plan(self, X, c, device):
+        "MemoryError before the work where a fit to `X` with `c` outputs does not fit."
+        n_val = int(len(X) * (self.validation_fraction or 0))
+        check_pairs(len(X) - n_val, n_val, X.shape[1], 4 if device.type == "cuda" else X.itemsize, free_memory(device) if self.memory_limit is None else self.memory_limit, c)
 
     def _first_metric(self, M, X):
         "The matrix of round 0 in double precision, checked, where `X` is; None is the identity."
@@ -200,12 +208,12 @@ class _ConvRFM:
     @property
     def filters_(self):
         "The eigenvectors of `M_` as patches `(p, c, size, size)`, largest eigenvalue first."
-        check_is_fitted(self)
+        check_is_fitted(self, "machine_")
         return top_directions(self.M_, len(self.M_)).reshape(len(self.M_), self.machine_.centers.shape[1], self.patch_size, self.patch_size)
 
     def _checked(self, X):
         "Images `X` as a tensor where the machine is, and the dtype that X came in."
-        check_is_fitted(self)
+        check_is_fitted(self, "machine_")
         X = self._valid(self._rows(X))
         return self._images(X, self.machine_.centers.device, self.machine_.centers.dtype), X.dtype
 
@@ -214,11 +222,10 @@ class _ConvRFM:
         return self.machine_(x).cpu().numpy().astype(dtype, copy=False)
 
     def transform(self, X):
-        "The images seen through M^(1/2) (`seen_through`), in the shape and family of `X`."
+        "The images seen through M^(1/2) (`seen_through`), in the shape of `X`: an array, or a tensor for a tensor."
         x, dtype = self._checked(X)
         out = seen_through(x, torch.from_numpy(self.M_).to(x)).cpu().numpy().astype(dtype, copy=False).reshape(np.shape(X))
-        if isinstance(X, torch.Tensor): return torch.from_numpy(out).to(X.device)
-        return pd.DataFrame(out, X.index, X.columns) if isinstance(X, pd.DataFrame) else out
+        return like(out, X)
 
     def _described(self):
         kernel, reg = self.machine_.kernel, np.ravel(self.reg).tolist() if np.ndim(self.reg) else self.reg
@@ -285,6 +292,14 @@ class _DeepRFM(_ConvRFM):
         super().__init__(depth, patch_size, n_iter, reg, n_grad, padding, pooling, image_shape, validation_fraction, memory_limit, verbose, random_state, device)
         self.width, self.activation = width, activation
 
+    def _plan(self, X, c, device):
+        super()._plan(X, c, device)
+        positions, channels = int(np.prod(self.image_shape_[1:])), self.image_shape_[0]
+        width = channels * self.patch_size**2 if self.width is None else int(self.width)
+        need = lambda width: (8 if X.itemsize == 8 else 4) * width * (3 * len(X) * positions + 4 * width * self.patch_size**4 * (self.depth > 2))
+        plan(need, f"width={width:,}: the maps of {len(X):,} images of {positions:,} pixels", "Pass a smaller width, or fewer images.", size=width, unit="filters",
+             limit=free_memory(device) if self.memory_limit is None else self.memory_limit)
+
     def _layer(self, kernel, X, Y, X_val, y_val, M=None):
         rng, best, history, self._layers = check_random_state(self.random_state), None, [], []
         through = lambda x: None if x is None else convolve(x, self._layers[-1], self.padding, self.activation)
@@ -314,7 +329,7 @@ class _DeepRFM(_ConvRFM):
         "What the kernel of the kept layer compares: `X` through the random convolutions, `(n, width, h', w')`."
         x, dtype = self._checked(X)
         out = self._features(x).cpu().numpy().astype(dtype, copy=False)
-        return torch.from_numpy(out).to(X.device) if isinstance(X, torch.Tensor) else out
+        return like(out, X)
 
     def _arrays(self): return {**super()._arrays(), **{f"layer{i:03}": W for i, W in enumerate(self._layers)}}
 

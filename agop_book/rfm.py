@@ -7,20 +7,15 @@ __all__ = ['SOLVERS', 'CHECKS', 'fill', 'cholesky_', 'slopes_product', 'gram_row
            'CholeskySolver', 'rounds', 'check_parameters', 'Round', 'RFMRegressor', 'RFMClassifier']
 
 # %% ../nbs/03_rfm.ipynb #1892b835
-import json
 import numbers
-import os
 import time
 import warnings
 from dataclasses import asdict
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import safe_open
-from safetensors.numpy import save_file
 from sklearn.base import BaseEstimator, ClassifierMixin, ClassNamePrefixFeaturesOutMixin, RegressorMixin, TransformerMixin
 from sklearn.metrics import accuracy_score, r2_score
 from sklearn.model_selection import train_test_split
@@ -29,8 +24,10 @@ from sklearn.utils.validation import check_consistent_length, check_is_fitted, v
 from tqdm import tqdm
 
 from .agop import cosine, matrix_power
+from .arrays import is_number, like, plain
 from .figures import device as pick_device
-from .memory import free_memory
+from .files import load_arrays, save_arrays
+from .memory import free_memory, plan
 from .kernels import KERNELS, Kernel, KernelMachine, Radial, Side, apply_metric, blocks, check_metric
 
 # %% ../nbs/03_rfm.ipynb #938758ea
@@ -89,21 +86,26 @@ def slopes_rows(buf: torch.Tensor, rows: slice) -> torch.Tensor:
     return torch.cat([buf[: rows.start, rows].T, near + near.T, buf[rows, rows.stop:]], 1)
 
 # %% ../nbs/03_rfm.ipynb #5b3d73d6
-def plan_memory(n: int, d: int, c: int, itemsize: int, limit: int) -> int:
+def plan_memory(n: int,          # rows
+                d: int,          # features
+                c: int,          # outputs
+                itemsize: int,   # bytes of a number
+                limit,           # bytes that may be used
+                diag: bool = False  # M is diagonal
+                ) -> int:
     "Bytes that a dense fit takes at its peak; MemoryError, saying what would fit, when that is above `limit`."
-    need = lambda n: itemsize * (n * n + n * (6 * d + 4 * c) + 4 * d * d) + 2**26
-    if need(n) > limit:
-        fits = max((m for m in (int(n * t / 200) for t in range(200)) if need(m) <= limit), default=0)
-        raise MemoryError(f"X has {n:,} rows: the Gram matrix and its work space take {need(n) / 2**30:.1f} GiB in {8 * itemsize}-bit numbers, {limit / 2**30:.1f} GiB are free. "
-                          f"About {fits:,} rows fit; pass float32 data (half the memory), fewer rows, or a larger memory_limit.")
-    return need(n)
+    metric = 8 * d if diag else 4 * d * d
+    need = lambda n: itemsize * (n * n + n * (6 * d + 4 * c) + metric) + 2**26
+    what = f"a fit to X with {n:,} rows and {d:,} features, {c:,} outputs, in {8 * itemsize}-bit numbers,"
+    remedy = "Pass float32 data (half the memory), fewer rows, diag=True for many features, or a larger memory_limit."
+    return plan(need, what, remedy, size=n, limit=limit)
 
 # %% ../nbs/03_rfm.ipynb #1881bd48
 class CholeskySolver:
     "Dense kernel ridge regression in one `(n, n)` buffer."
 
-    def __init__(self, n, d, c, like: torch.Tensor, memory_limit=None):
-        plan_memory(n, d, c, like.element_size(), free_memory(like.device) if memory_limit is None else memory_limit)
+    def __init__(self, n, d, c, like: torch.Tensor, memory_limit=None, diag=False):
+        plan_memory(n, d, c, like.element_size(), free_memory(like.device) if memory_limit is None else memory_limit, diag)
         torch.empty(31 * 2**20, dtype=torch.uint8)  # freed at once: glibc then keeps freed memory up to this size, and tiles stop paying for fresh pages
         self.buf = like.new_empty(n, n)
 
@@ -170,7 +172,7 @@ def rounds(solver, kernel, X, Y, reg, n_iter, M=None, diag=False, center=True):
 # %% ../nbs/03_rfm.ipynb #c644a7a9
 CHECKS = {  # parameter: (test, what it must be)
     "bandwidth": (lambda v: _is(v, numbers.Real) and 0 < v < np.inf, "a finite number above 0, in the units of distances between rows"),
-    "n_iter": (lambda v: _is(v, numbers.Integral) and v >= 0, "an integer of at least 0"),
+    "n_iter": (lambda v: _is(v, numbers.Integral) and 0 <= v <= 10**6, "an integer from 0 to 1,000,000"),
     "reg": (lambda v: _is(v, numbers.Real) and 0 <= v < np.inf, "a finite number of at least 0"),
     "diag": (lambda v: isinstance(v, (bool, np.bool_)), "True or False"),
     "center": (lambda v: isinstance(v, (bool, np.bool_)), "True or False"),
@@ -181,7 +183,7 @@ CHECKS = {  # parameter: (test, what it must be)
 }
 
 
-def _is(value, kind): return isinstance(value, kind) and not isinstance(value, (bool, np.bool_))
+_is = is_number
 
 
 def check_parameters(estimator, checks: dict):
@@ -191,18 +193,6 @@ def check_parameters(estimator, checks: dict):
         try: good = test(value)
         except TypeError: good = False
         if not good: raise ValueError(f"{name} must be {want}, got {value!r}.")
-
-# %% ../nbs/03_rfm.ipynb #43fefef7
-def _to_numpy(x):
-    "Tensors as arrays, everything else as it is: scikit-learn validates it."
-    return x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else x
-
-
-def _to_family(out, x, columns=None):
-    "`out` in the family of the input `x`; columns name a frame's columns (a string names a series)."
-    if isinstance(x, torch.Tensor): return torch.as_tensor(out, device=x.device) if out.dtype.kind in "biuf" else out
-    if not isinstance(x, (pd.DataFrame, pd.Series)): return out
-    return pd.Series(out, x.index, name=columns if isinstance(columns, str) else None) if out.ndim == 1 else pd.DataFrame(out, x.index, columns)
 
 # %% ../nbs/03_rfm.ipynb #0a6a6dfa
 class Round(NamedTuple):
@@ -242,6 +232,7 @@ class _Rounds(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         finally:
             bar.close()
             if best is not None: self._keep(*best, rows)
+        self._check_outcome()
 
     def _keep(self, machine, M, best, rows):
         self.machine_, self.best_round_, self.history_ = machine, best, pd.DataFrame(rows)
@@ -251,31 +242,54 @@ class _Rounds(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     def _arrays(self): return {"centers": self.machine_.centers, "coef": self.machine_.coef, "M": torch.from_numpy(self.M_)}
 
     def save(self, path):
-        "Write the fitted model to one safetensors file (no pickle), whole or not at all."
-        check_is_fitted(self)
-        meta = {"class": type(self).__name__, "history": self.history_.to_dict("records"), "best_round": self.best_round_, "identity": self.machine_.M is None,
-                "features": getattr(self, "feature_names_in_", np.array([])).tolist(), **self._described(), **self._extra()}
-        path, part = Path(path), Path(f"{path}.part")
-        if not path.absolute().parent.is_dir(): raise FileNotFoundError(f"no folder {str(path.absolute().parent)!r} to save in; create it first.")
-        arrays = {k: np.ascontiguousarray(v.cpu().numpy()) for k, v in self._arrays().items()}
-        save_file(arrays, part, metadata={"agop_book": json.dumps(meta, default=lambda v: v.item())})
-        os.replace(part, path)
+        "Write the fitted model to one safetensors file (no pickle), whole or not at all, with a checksum of all that it holds."
+        check_is_fitted(self, "machine_")
+        names = getattr(self, "feature_names_in_", np.array([])).tolist()
+        meta = {"class": type(self).__name__, "history": self.history_.to_dict("records"), "best_round": self.best_round_,
+                "identity": self.machine_.M is None, "features": names, **self._described(), **self._extra()}
+        meta["params"] = {k: str(v) if isinstance(v, torch.device) else v for k, v in meta["params"].items()}
+        save_arrays(path, {k: v.cpu().numpy() for k, v in self._arrays().items()}, meta)
 
     @classmethod
     def load(cls, path):
-        "The model that `save` wrote; ValueError if the file is damaged or holds another class."
-        if not Path(path).is_file(): raise FileNotFoundError(f"no model file at {str(path)!r}; save() writes one.")
-        try:
-            with safe_open(path, framework="numpy") as f:
-                meta, arrays = json.loads(f.metadata()["agop_book"]), {k: torch.from_numpy(f.get_tensor(k)) for k in f.keys()}
-                arrays["M"], arrays["centers"], arrays["coef"]       # a file without one of them is damaged too
-        except Exception as e: raise ValueError(f"{str(path)!r} is not a complete model file written by save(): {e}") from None
-        if meta["class"] != cls.__name__: raise ValueError(f"{str(path)!r} holds a {meta['class']}, not a {cls.__name__}; call {meta['class']}.load.")
+        "The model that `save` wrote; FileNotFoundError where there is none, ValueError if the file is damaged or holds another class."
+        arrays, meta = load_arrays(path)
+        found = meta.get("class") if isinstance(meta, dict) else None
+        if isinstance(found, str) and found != cls.__name__:
+            raise ValueError(f"{str(path)!r} holds a {found}, not a {cls.__name__}; call {found}.load.")
+        try: return cls._opened({k: torch.from_numpy(v) for k, v in arrays.items()}, meta)
+        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+            raise ValueError(f"{str(path)!r} is not a complete model file written by save(): {error!r}") from None
+
+    @classmethod
+    def _opened(cls, arrays, meta):
+        "The model that a file describes."
         model, machine = cls._rebuilt(meta, {**arrays, "M_": None if meta["identity"] else arrays["M"]})
         if meta["features"]: model.feature_names_in_ = np.array(meta["features"], dtype=object)
         model._restore(meta)
         model._keep(machine, arrays["M"], meta["best_round"], meta["history"])
         return model
+
+    def _check_outcome(self):
+        "Warn where nothing was learned, and say why."
+        score = self.history_["train_score"][self.best_round_] if isinstance(self, RegressorMixin) else 1.0
+        if self.M_.any() and not score < 0.1: return
+        what = "M_ is zero" if not self.M_.any() else f"R2 is {score:.2g} on the training rows"
+        warnings.warn(f"{what}: the fitted function is (nearly) constant. {self._reason()}", stacklevel=3)
+
+    def _reason(self):
+        "What the kernel makes of the training rows."
+        machine = self.machine_
+        if not isinstance(machine, KernelMachine) or not isinstance(machine.kernel, Radial): return "Check X and y, or pass a smaller reg."
+        rows = machine.centers[:: max(1, len(machine.centers) // 200)]
+        apart = torch.pdist(rows.double())
+        apart = apart[apart > 0]
+        if not len(apart): return "All rows of X are equal."
+        typical = float(apart.median())
+        value = float(machine.kernel.phi(torch.tensor(typical, dtype=torch.float64)))
+        return (f"Two rows of X are typically {typical:.3g} apart, where the kernel is {value:.2g} (1 for equal rows). If that is near 0 or 1, pass a "
+                "bandwidth near that distance, or standardise X; if not, y may be constant, or reg too large for it: standardise y, or pass a smaller reg.")
+
 
 # %% ../nbs/03_rfm.ipynb #dc001a73
 def _spec(kernel): return {"name": type(kernel).__name__, **asdict(kernel)} if isinstance(kernel, Kernel) else kernel
@@ -305,16 +319,16 @@ class _RFM(_Rounds):
         device, kernel = pick_device(self.device), self.kernel
         if not isinstance(kernel, Kernel): kernel = KERNELS[kernel](*[self.bandwidth] * ("bandwidth" in KERNELS[kernel].__dataclass_fields__))
         old = (self.M_, self.history_[:self.best_round_]) if self.warm_start and M is None and hasattr(self, "M_") else None
-        X, Y, X_val, y_val = self._validation(*self._check_fit(X, y), X_val, y_val)
+        X, Y, X_val, y_val = self._data(X, y, X_val, y_val, device)
         send = lambda a: torch.from_numpy(np.array(a, X.dtype, order="C")).to(device, torch.float32 if device.type == "cuda" else None)
         Xt, Yt, Xv = send(X), send(Y), None if X_val is None else send(X_val)
         M, earlier = self._first_metric(M, Xt), []
         if old is not None and len(old[0]) == X.shape[1]:
             M, earlier = torch.from_numpy(old[0]).to(Xt), old[1].to_dict("records")
             M = M if M.ndim == (1 if self.diag else 2) else torch.diag(M) if M.ndim == 1 else M.diagonal()
-        solver = SOLVERS[self.solver](*X.shape, Y.shape[1], Xt, self.memory_limit)
+        solver = SOLVERS[self.solver](*X.shape, Y.shape[1], Xt, self.memory_limit, bool(self.diag))
         def steps():
-            for coef, A, used in rounds(solver, kernel, Xt, Yt, self.reg, max(self.n_iter - len(earlier), 0), M, self.diag, self.center):
+            for coef, A, used in rounds(solver, kernel, Xt, Yt, float(self.reg), max(self.n_iter - len(earlier), 0), M, self.diag, self.center):
                 machine = KernelMachine(kernel, Xt, coef, A)
                 yield Round(machine, A, used, Yt - used * coef, np.nan if Xv is None else self._score(y_val, machine(Xv)))
         ones = Xt.new_ones(X.shape[1])
@@ -327,20 +341,37 @@ class _RFM(_Rounds):
         M = check_metric(M, X.shape[1], X)
         return torch.diag(M) if M is not None and M.ndim == 1 and not self.diag else M
 
-    def _valid(self, X): return validate_data(self, _to_numpy(X), reset=False, dtype=[np.float64, np.float32])
+    def _data(self, X, y, X_val, y_val, device):
+        "Checked training rows with their targets `(n, c)`, and validation rows with theirs or None. Forgets an earlier fit."
+        X, y = self._check_fit(X, y)
+        self._plan(X, self._n_outputs(y), device)
+        found = self._validation(X, self._encode(y, X.dtype), y, X_val, y_val)
+        for name in ("machine_", "M_", "dual_coef_", "history_", "best_round_"): vars(self).pop(name, None)
+        return found
+
+    def _plan(self, X, c, device):
+        "MemoryError before the work where a fit to `X` with `c` outputs does not fit."
+        plan_memory(*X.shape, c, 4 if device.type == "cuda" else X.itemsize, free_memory(device) if self.memory_limit is None else self.memory_limit, bool(self.diag))
+
+    def _valid(self, X): return validate_data(self, plain(X, "X"), reset=False, dtype=[np.float64, np.float32])
+
+    def kernel_machine(self):
+        "The fitted `KernelMachine` in the coordinates of X, from which `agop` takes its closed form; None where there is none."
+        check_is_fitted(self, "machine_")
+        return self.machine_ if isinstance(self.machine_, KernelMachine) else None
 
     def _decision(self, X):
         "The machine's outputs `(m, c)` as a numpy array."
-        check_is_fitted(self)
+        check_is_fitted(self, "machine_")
         X = self._valid(X)
         return self.machine_(torch.from_numpy(np.array(X)).to(self.machine_.centers)).cpu().numpy().astype(X.dtype, copy=False)
 
     def transform(self, X):
         "The learned features x M^(1/2), `(m, d)`: Euclidean distances between them are the machine's distances."
-        check_is_fitted(self)
+        check_is_fitted(self, "machine_")
         rows, root = self._valid(X), matrix_power(self.M_, 0.5)
         out = (rows * root if root.ndim == 1 else rows @ root).astype(rows.dtype)
-        return _to_family(out, X, list(self.get_feature_names_out()))
+        return like(out, X)
 
     @property
     def _n_features_out(self): return self.n_features_in_
@@ -380,27 +411,28 @@ class RFMRegressor(RegressorMixin, _RFM):
     """
 
     def _check_fit(self, X, y):
-        names = list(y.columns) if isinstance(y, pd.DataFrame) else getattr(y, "name", None)
-        X, y = validate_data(self, _to_numpy(X), _to_numpy(y), dtype=[np.float64, np.float32], multi_output=True, y_numeric=True, ensure_min_samples=2)
-        self._targets = [str(v) for v in names] if isinstance(names, list) else None if names is None else str(names)
+        X, y = validate_data(self, plain(X, "X"), plain(y, "y"), dtype=[np.float64, np.float32], multi_output=True, y_numeric=True, ensure_min_samples=2)
         self._flat = y.ndim == 1
-        y = y.astype(X.dtype)
-        return X, y.reshape(len(y), -1), y
+        return X, y.astype(X.dtype)
+
+    def _n_outputs(self, y): return 1 if y.ndim == 1 else y.shape[1]
+
+    def _encode(self, y, dtype): return y.reshape(len(y), -1)
 
     def _check_val(self, X, y):
         X = self._valid(X)
-        y = np.asarray(_to_numpy(y), X.dtype)
+        y = np.asarray(plain(y, "y_val"), X.dtype)
         check_consistent_length(X, y)
         if not np.isfinite(y).all(): raise ValueError("y_val contains NaN or infinity; drop those rows.")
         return X, y
 
-    def _score(self, y, f): return float(r2_score(np.asarray(_to_numpy(y)).reshape(len(f), -1), _to_numpy(f)))
+    def _score(self, y, f): return float(r2_score(np.asarray(plain(y)).reshape(len(f), -1), plain(f)))
 
     def _shape(self, values): return values[:, 0] if self._flat else values
 
     def predict(self, X):
-        "Predictions `(m,)` or `(m, c)` at `X` `(m, d)`, in the family of `X`."
-        return _to_family(self._shape(self._decision(X)), X, self._targets)
+        "Predictions `(m,)` or `(m, c)` at `X` `(m, d)`: an array, or a tensor for a tensor."
+        return like(self._shape(self._decision(X)), X)
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -408,9 +440,9 @@ class RFMRegressor(RegressorMixin, _RFM):
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
 
-    def _extra(self): return {"targets": self._targets, "flat": self._flat}
+    def _extra(self): return {"flat": self._flat}
 
-    def _restore(self, meta): self._targets, self._flat = meta["targets"], meta["flat"]
+    def _restore(self, meta): self._flat = meta["flat"]
 
 # %% ../nbs/03_rfm.ipynb #da2e6032
 class RFMClassifier(ClassifierMixin, _RFM):
@@ -425,41 +457,58 @@ class RFMClassifier(ClassifierMixin, _RFM):
         super().__init__(kernel, bandwidth, n_iter, reg, diag, center, validation_fraction, solver, warm_start, memory_limit, verbose, random_state, device)
 
     def _check_fit(self, X, y):
-        X, y = validate_data(self, _to_numpy(X), _to_numpy(y), dtype=[np.float64, np.float32], ensure_min_samples=2)
+        X, y = validate_data(self, plain(X, "X"), plain(y, "y", dates=True), dtype=[np.float64, np.float32], ensure_min_samples=2)
         check_classification_targets(y)
         self.classes_, y = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2: raise ValueError(f"y holds only one class ({self.classes_.tolist()[0]!r}); a classifier needs at least 2 classes.")
-        return X, np.eye(len(self.classes_), dtype=X.dtype)[y], y
+        return X, y
+
+    def _n_outputs(self, y): return len(self.classes_)
+
+    def _encode(self, y, dtype):
+        "One-hot rows `(n, classes)` of class numbers."
+        Y = np.zeros((len(y), len(self.classes_)), dtype)
+        Y[np.arange(len(y)), y] = 1
+        return Y
 
     def _check_val(self, X, y):
         X = self._valid(X)
-        y = np.asarray(_to_numpy(y))
+        y = np.asarray(plain(y, "y_val", dates=True))
         check_consistent_length(X, y)
         unknown = np.setdiff1d(y, self.classes_)
         if len(unknown): raise ValueError(f"y_val holds the class {unknown.tolist()[0]!r}, which y does not; the classes are {self.classes_.tolist()}.")
         return X, np.searchsorted(self.classes_, y)
 
     def _score(self, y, f):
-        y = _to_numpy(y)
-        return float(accuracy_score(y.argmax(1) if y.ndim == 2 else y, _to_numpy(f).argmax(1)))
+        y = plain(y)
+        return float(accuracy_score(y.argmax(1) if y.ndim == 2 else y, plain(f).argmax(1)))
 
     def _shape(self, values): return values
 
     def decision_function(self, X):
         "The outputs `(m, n_classes)`; for two classes their difference `(m,)`, positive for the second."
         f = self._decision(X)
-        return _to_family(f[:, 1] - f[:, 0] if f.shape[1] == 2 else f, X, [str(c) for c in self.classes_] if f.shape[1] > 2 else None)
+        return like(f[:, 1] - f[:, 0] if f.shape[1] == 2 else f, X)
+
+    def outputs(self, X):
+        "One column per class `(m, n_classes)`, for two classes too: what the one-hot targets were fitted by, and what `agop` differentiates."
+        return like(self._decision(X), X)
 
     def predict(self, X):
         "The class `(m,)` of each row of `X` `(m, d)`."
         f = self._decision(X)
-        return _to_family(self.classes_[f.argmax(1)], X)
+        return like(self.classes_[f.argmax(1)], X)
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
 
-    def _extra(self): return {"classes": self.classes_.tolist(), "classes_dtype": self.classes_.dtype.str}
+    def _extra(self):
+        classes = self.classes_.astype(np.int64) if self.classes_.dtype.kind in "mM" else self.classes_
+        return {"classes": classes.tolist(), "classes_dtype": self.classes_.dtype.str}
 
-    def _restore(self, meta): self.classes_ = np.array(meta["classes"], dtype=np.dtype(meta["classes_dtype"]))
+    def _restore(self, meta):
+        dtype = np.dtype(meta["classes_dtype"])
+        classes = np.array(meta["classes"], dtype=np.int64 if dtype.kind in "mM" else dtype)
+        self.classes_ = classes.astype(dtype)

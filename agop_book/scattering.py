@@ -30,8 +30,11 @@ from .agop import matrix_power
 from .convrfm import CONV_CHECKS, _ConvRFM, check_pairs, ridge_fits
 from .figures import device as pick_device
 from .figures import write_atomic
-from .kernels import KERNELS, Kernel, KernelMachine, Radial, Side
-from .rfm import CHECKS, RFMClassifier, RFMRegressor, _is, _to_family, _to_numpy, check_parameters, fill, free_memory, gram_rows
+from .kernels import KERNELS, Kernel, KernelMachine, Radial, Shared, Side
+from .arrays import is_number as _is
+from .arrays import like, plain
+from .memory import free_memory, plan
+from .rfm import _RFM, CHECKS, RFMClassifier, RFMRegressor, _kernel, check_parameters, fill, gram_rows
 
 # %% ../nbs/13_scattering.ipynb #b7c35098
 @lru_cache(maxsize=8)
@@ -120,7 +123,7 @@ class Scattering(TransformerMixin, BaseEstimator):
 
     def _rows(self, X, fitting=False):
         "Checked rows of finite floats. Tables pass scikit-learn's checks first, then have to be images."
-        X = _to_numpy(X)
+        X = plain(X, "X")
         X = X if hasattr(X, "shape") else np.asarray(X)
         checked = lambda rows: validate_data(self, rows, reset=fitting, dtype=[np.float64, np.float32])
         if X.ndim < 3: return _ConvRFM._rows(self, checked(X), fitting)
@@ -229,7 +232,7 @@ def next_maps_metric(Z: torch.Tensor,   # (n, d) the centers, seen through the l
 
 # %% ../nbs/13_scattering.ipynb #654887db
 class MapRound(NamedTuple):
-    "One round: the plain machine on weighed rows, M and its root, the ridge used, the fitted values `(n, c)`, the score on validation rows (NaN without)."
+    "One round: its machine, M and its root, the ridge used, the fitted values `(n, c)`, the score on validation rows (NaN without)."
     machine: KernelMachine
     M: torch.Tensor | None
     root: torch.Tensor | None
@@ -237,7 +240,7 @@ class MapRound(NamedTuple):
     fitted: torch.Tensor
     val_score: float
 
-    def __call__(self, x): return self.machine(weigh(x, self.root))
+    def __call__(self, x): return self.machine(x)
 
 
 def map_rounds(kernel: Radial, X: torch.Tensor, Y: torch.Tensor, regs=(1e-3,), n_iter=3, metric="diag", channels=1, center=False, X_val=None, score=None):
@@ -245,7 +248,7 @@ def map_rounds(kernel: Radial, X: torch.Tensor, Y: torch.Tensor, regs=(1e-3,), n
 
     `X` `(n, d)`, `Y` `(n, c)`. Of several ridges the one with the highest `score(outputs at X_val)` is kept, in every round anew; without `X_val` the first.
     """
-    M, root, buf, shift = None, None, X.new_empty(len(X), len(X)), X.mean(0)
+    M, root, buf, shift = None, None, X.new_empty(len(X), len(X)), kernel.shift(X)
     for t in range(n_iter + 1):
         Z = weigh(X - shift, root)
         fill(kernel, Side(Z), buf)
@@ -254,7 +257,7 @@ def map_rounds(kernel: Radial, X: torch.Tensor, Y: torch.Tensor, regs=(1e-3,), n
         scores = [np.nan] * len(fits) if X_val is None else [score(f) for f in (kernel(weigh(X_val - shift, root), Z) @ torch.stack([c for c, _ in fits])).unbind()]
         best = 0 if X_val is None else int(np.argmax(scores))
         coef, reg = fits[best]
-        yield MapRound(KernelMachine(kernel, weigh(X, root), coef), M, root, reg, Y - reg * coef, scores[best])
+        yield MapRound(KernelMachine(kernel, X, coef, Shared(M) if metric == "shared" and M is not None else M), M, root, reg, Y - reg * coef, scores[best])
         if t == n_iter: return
         A = buf.triu(1)
         M = next_maps_metric(Z, gradient_gram(A + A.T, coef, center), root, metric, channels)
@@ -273,7 +276,13 @@ MAP_CHECKS = {
 }
 
 
-class _MapRFM:
+def _unweighed(Z, M):
+    "The centres of a file of the first edition, which kept x M^(1/2): rows that lie as far apart under `M`."
+    root = matrix_power(M.double(), 0.5)
+    return weigh(Z, torch.where(root > 0, 1 / root, 0) if root.ndim == 1 else torch.linalg.pinv(root))
+
+
+class _MapRFM(_RFM):
     "What the two estimators share; comes before `RFMRegressor` or `RFMClassifier` among the bases. See `MapRFMRegressor`."
 
     def __init__(self, metric="diag", channels=None, kernel="laplace", bandwidth=1.0, n_iter=3, reg=1e-3, center=False, validation_fraction=None, memory_limit=None, verbose=False, random_state=None, device="auto"):
@@ -283,31 +292,43 @@ class _MapRFM:
     def fit(self, X, y, X_val=None, y_val=None):
         """Fit to rows `X` `(n, d)` and `y` `(n,)` or `(n, c)`. With `X_val`, `y_val` (or `validation_fraction`) the round, and in each round the ridge, that score best there are kept.
 
-        Sets `M_` `(d,)` or, for metric="shared", `(C, C)`; `dual_coef_`, `machine_` (on rows weighed by M_), `best_round_` and `history_` (one row per round). An interrupted fit keeps its finished rounds.
+        Sets `M_` `(d,)` or, for metric="shared", `(C, C)`; `dual_coef_`, `machine_` (a KernelMachine), `best_round_` and `history_` (one row per round). An interrupted fit keeps its finished rounds.
         """
         check_parameters(self, MAP_CHECKS)
         device = pick_device(self.device)
-        X, Y, y = self._check_fit(X, y)
-        if self.metric != "diag" and self.channels is None: raise ValueError(f"metric={self.metric!r} needs channels, the number of maps in a row of X: pass channels=c * paths, as Scattering's maps_shape_ begins.")
-        if self.metric != "diag" and X.shape[1] % self.channels: raise ValueError(f"X has {X.shape[1]} features, which are not channels={self.channels} maps of one size.")
-        X, Y, X_val, y_val = self._validation(X, Y, y, X_val, y_val)
-        check_pairs(len(X), 0 if X_val is None else len(X_val), X.shape[1], X.itemsize, self.memory_limit or free_memory(device))
+        X, Y, X_val, y_val = self._data(X, y, X_val, y_val, device)
         send = lambda a: torch.from_numpy(np.array(a, X.dtype)).to(device, torch.float32 if device.type == "cuda" else None)
-        kernel = self.kernel if isinstance(self.kernel, Kernel) else KERNELS[self.kernel](self.bandwidth * X.shape[1] ** 0.5)
+        kernel = self.kernel if isinstance(self.kernel, Kernel) else KERNELS[self.kernel](float(self.bandwidth) * X.shape[1] ** 0.5)
         steps = map_rounds(kernel, send(X), send(Y), np.ravel(self.reg).tolist(), self.n_iter, self.metric, self.channels or 1, self.center, None if X_val is None else send(X_val), lambda f: self._score(y_val, f))
         self._learn(steps, Y, torch.eye(self.channels, device=device) if self.metric == "shared" else torch.ones(X.shape[1], device=device), X_val is not None)
         return self
 
-    def _decision(self, X):
-        check_is_fitted(self)
-        X = self._valid(X)
-        return self.machine_(weigh(torch.from_numpy(np.array(X)).to(self.machine_.centers), torch.from_numpy(matrix_power(self.M_, 0.5)))).cpu().numpy().astype(X.dtype, copy=False)
+    def _plan(self, X, c, device):
+        "ValueError where the features are no maps; MemoryError before the work where a fit to `X` with `c` outputs does not fit."
+        if self.metric != "diag" and self.channels is None: raise ValueError(f"metric={self.metric!r} needs channels, the number of maps in a row of X: pass channels=c * paths, as Scattering's maps_shape_ begins.")
+        if self.metric != "diag" and X.shape[1] % self.channels: raise ValueError(f"X has {X.shape[1]} features, which are not channels={self.channels} maps of one size.")
+        limit = free_memory(device) if self.memory_limit is None else self.memory_limit
+        n_val = int(len(X) * (self.validation_fraction or 0))
+        check_pairs(len(X) - n_val, n_val, X.shape[1], 4 if device.type == "cuda" else X.itemsize, limit, c)
+        if self.metric == "shared":
+            plan(lambda C: 48 * C * C, f"metric='shared' on {self.channels:,} channels", "Pass metric='separable' or 'diag', or fewer channels.",
+                 size=self.channels, unit="channels", limit=limit)
 
     def transform(self, X):
         "The learned features x M^(1/2), `(m, d)`: Euclidean distances between them are the machine's distances."
-        check_is_fitted(self)
+        check_is_fitted(self, "machine_")
         rows = self._valid(X)
-        return _to_family(weigh(torch.from_numpy(np.array(rows)), torch.from_numpy(matrix_power(self.M_, 0.5))).numpy(), X, list(self.get_feature_names_out()))
+        return like(weigh(torch.from_numpy(np.array(rows)), torch.from_numpy(matrix_power(self.M_, 0.5))).numpy(), X)
+
+    def _described(self): return {**super()._described(), "coordinates": "X"}
+
+    @classmethod
+    def _rebuilt(cls, meta, arrays):
+        model, M = cls(**{**meta["params"], "kernel": _kernel(meta["params"]["kernel"])}), arrays["M"]
+        if meta.get("coordinates") != "X": arrays |= {"centers": _unweighed(arrays["centers"], M), "M_": M}
+        model.n_features_in_ = arrays["centers"].shape[1]
+        metric = Shared(M) if model.metric == "shared" and arrays["M_"] is not None else arrays["M_"]
+        return model, KernelMachine(_kernel(meta["kernel"]), arrays["centers"], arrays["coef"], metric)
 
 
 class MapRFMRegressor(_MapRFM, RFMRegressor):

@@ -18,13 +18,15 @@ from sklearn.model_selection import KFold, StratifiedKFold
 from sklearn.utils import _safe_indexing, check_array, get_tags
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_consistent_length, check_is_fitted
+from sklearn.utils.validation import check_consistent_length, check_is_fitted, has_fit_parameter
 
 from .agop import matrix_power
 from .cntk import _check_images
 from .convrfm import _ConvRFM
-from .kernels import as_tensor, check_metric
-from .rfm import _RFM, _is, _to_numpy
+from .kernels import Shared, as_tensor, check_metric
+from .arrays import is_number as _is
+from .arrays import plain
+from .rfm import _RFM
 
 # %% ../nbs/14_transfer.ipynb #a8fd61ea
 def normalised(M: np.ndarray,  # (p, p), or (p,) a diagonal
@@ -72,6 +74,8 @@ def _frame(learner, X):
 def _matrix_of(source, learner, X):
     "The matrix that `source` has learned, float64, in the form that `learner` takes at `X`. ValueError where the two do not go together."
     conv, M = isinstance(learner, _ConvRFM), getattr(source, "M_", source)
+    shared = getattr(getattr(source, "machine_", None), "M", None)
+    if isinstance(shared, Shared): M = shared.dense(source.n_features_in_).cpu().numpy()
     if isinstance(source, TransferRFM): source = getattr(source, "learner_", source)
     if isinstance(source, BaseEstimator):
         if not isinstance(source, (_RFM, TransferRFM)): raise TypeError(f"source={source!r} has no AGOP: pass a fitted RFM or ConvRFM estimator, or a matrix.")
@@ -142,10 +146,10 @@ class TransferRFM(MetaEstimatorMixin, BaseEstimator):
     def _learner(self):
         learner, source = self.learner, getattr(self.source, "learner_", self.source)
         if learner is None:
-            if not isinstance(source, _RFM): raise ValueError(f"learner=None takes the settings of the source, but source is a {type(source).__name__}; pass a learner such as RFMClassifier().")
+            if not isinstance(source, _RFM) or not has_fit_parameter(source, "M"): raise ValueError(f"learner=None takes the settings of the source, but source is a {type(source).__name__}, which takes no matrix to start from; pass a learner such as RFMClassifier(diag=True).")
             used = {"reg": float(source.history_["reg"][source.best_round_])} if hasattr(source, "history_") else {}
             return clone(source).set_params(validation_fraction=None, **used)
-        if not isinstance(learner, _RFM): raise TypeError(f"learner must be an RFM or ConvRFM estimator, got {learner!r}.")
+        if not isinstance(learner, _RFM) or not has_fit_parameter(learner, "M"): raise TypeError(f"learner must be an RFM or ConvRFM estimator, which can start from a given matrix, got {learner!r}.")
         for name, given in (("validation_fraction", learner.validation_fraction is not None), ("reg", np.size(learner.reg) > 1)):
             if given: raise ValueError(f"learner has {name}={getattr(learner, name)!r}, which needs validation rows; TransferRFM chooses by cross-validation instead. Set {name} to {'None' if name != 'reg' else 'one number'}.")
         return learner
@@ -171,7 +175,7 @@ class TransferRFM(MetaEstimatorMixin, BaseEstimator):
 
     def fit(self, X, y):
         "Fit to the target task: `X` `(n, d)`, or images `(n, c, h, w)`, and `y`. Raises ValueError, TypeError or NotFittedError for bad input, naming the argument."
-        learner, X, y = self._learner(), _to_numpy(X), _to_numpy(y)
+        learner, X, y = self._learner(), plain(X, "X"), plain(y, "y", dates=True)
         options, rounds = self._options(learner)
         source = _matrix_of(self.source, learner, X)
         check_consistent_length(X, y)
@@ -221,6 +225,11 @@ class TransferRFM(MetaEstimatorMixin, BaseEstimator):
 
     @available_if(_fitted("decision_function"))
     def decision_function(self, X): return self._ready().decision_function(X)
+
+    @available_if(_fitted("outputs"))
+    def outputs(self, X): return self._ready().outputs(X)
+
+    def kernel_machine(self): return self._ready().kernel_machine()
 
     M_ = property(lambda self: self._ready().M_)
     machine_ = property(lambda self: self._ready().machine_)

@@ -290,7 +290,7 @@ BAD = [
     (lambda: agop(mlp(4), x0[:0]), ValueError, "empty"),
     (lambda: agop(mlp(4), [x0[:0]][:0]), (ValueError, TypeError), "x "),
     (lambda: agop(mlp(4), iter([]), progress=False), ValueError, "empty"),
-    (lambda: agop(mlp(4), x0 + 0j), TypeError, "complex"),
+    (lambda: agop(mlp(4), x0 + 0j), ValueError, "complex"),
     (lambda: agop(mlp(4), np.array([["a", "b"]])), TypeError, "x must"),
     (lambda: agop(mlp(4), "x"), TypeError, "got str"),
     (lambda: agop(mlp(4), {"x": x0}), TypeError, "got dict"),

@@ -94,7 +94,7 @@ def test_families(family):
 
 @pytest.mark.parametrize("x, message", [
     (np.full((2, 2), np.nan), "x contains NaN or infinity"), (np.full((2, 2), np.inf), "x contains NaN or infinity"), (np.ones(3), "x must have 2 axes"),
-    (np.ones((0, 3)), "x is empty"), (np.ones((3, 0)), "x is empty"), (np.ones((2, 2)) * 1j, "complex numbers"), (np.array([["a"]]), "x must hold real numbers"),
+    (np.ones((0, 3)), "x is empty"), (np.ones((3, 0)), "x is empty"), (np.ones((2, 2)) * 1j, "x is complex"), (np.array([["a"]]), "x must hold real numbers"),
     (np.array([[10**400]], dtype=object), "x must hold real numbers"), (np.eye(2) * 1e200, "overflow"), (np.array([["2020-01-01"]], dtype="datetime64[D]"), "dates"),
 ])
 def test_bad_points(x, message):

@@ -134,7 +134,7 @@ def test_rounds_by_autograd(metric):
     steps = list(map_rounds(Laplace(3.0), X, Y, [1e-3], 2, metric, C))
     for now, after in zip(steps, steps[1:]):
         def f(x):            # away from the coincident point, whose slope is taken as 0
-            r = (weigh(x[None], now.root) - now.machine.centers).square().sum(1)
+            r = weigh(x[None] - now.machine.centers, now.root).square().sum(1)
             near = r < 1e-18
             return torch.where(near, 0, torch.exp(-torch.where(near, 1.0, r).sqrt() / 3)) @ now.machine.coef
         J = torch.stack([torch.autograd.functional.jacobian(f, x) for x in X]).reshape(-1, C, P)
@@ -165,7 +165,7 @@ def test_classifier(tmp_path, metric, channels):
     again = MapRFMClassifier.load(tmp_path / "m")
     assert np.allclose(again.decision_function(features), model.decision_function(features), atol=1e-5) and again.get_params()["metric"] == metric
     Z = model.transform(features)
-    outputs = Laplace(3.0 * features.shape[1] ** 0.5)(Z, model.machine_.centers.numpy()) @ model.dual_coef_
+    outputs = Laplace(3.0 * features.shape[1] ** 0.5)(Z, model.transform(model.machine_.centers.numpy())) @ model.dual_coef_
     assert np.allclose(outputs, model.decision_function(features), atol=1e-4)
 
 

@@ -53,7 +53,7 @@ def save_arrays(path,          # file to write
                 ) -> None:
     "Write arrays and what they are to one safetensors file (no pickle), whole or not at all."
     check_writable(path)
-    arrays = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+    arrays = {name: np.asarray(value, order="C") for name, value in arrays.items()}
     text = json.dumps(about, default=_json)
     digest = _digest(arrays, text)
     write_atomic(path, to_bytes(arrays, {"agop_book": text, "sha256": digest, "format": "2"}))

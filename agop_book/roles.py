@@ -22,7 +22,10 @@ WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim", "dim_per_head
 def _number(source, names):
     "The first positive whole number that an object has under one of the names, or None."
     for name in names:
-        value = getattr(source, name, None)
+        try:
+            value = getattr(source, name, None)
+        except Exception:                   # a configuration whose layers differ refuses to say
+            continue
         if isinstance(value, int) and not isinstance(value, bool) and value > 0: return value
     return None
 
@@ -53,7 +56,7 @@ def _crosses(parent): return bool(getattr(parent, "is_cross_attention", False))
 
 
 def _like_torch(parent):
-    "Whether a module with an `in_proj` is an attention layer: it counts its heads and neither convolves nor holds a state."
+    "Whether a module with an `in_proj` counts heads, and neither convolves nor holds a state."
     if isinstance(parent, nn.MultiheadAttention): return True
     layers = parent.modules() if isinstance(parent, nn.Module) else ()
     other = hasattr(parent, "A_log") or any(isinstance(m, nn.modules.conv._ConvNd) for m in layers)
@@ -78,6 +81,7 @@ FUSED = [
     Fused("in_proj", when=_like_torch),
     Fused(r"\w*qkv(_proj|_linear)?|c_attn|att_proj|W_pack"),
     Fused("kv|to_kv", kinds=("key", "value")),
+    Fused("kv_proj", "JetMoeAttention", kinds=("key", "value")),
 ]
 
 # %% ../nbs/96_roles.ipynb #cb7d71bb
@@ -115,13 +119,13 @@ def _layout(row, parent, module, d_out):
         H, K, w = _heads(parent, module, row.kinds, d_out) or (None, None, None)
         if w is None: return None
         fields = [(kind, H if kind == "query" else K, w) for kind in row.kinds]
-    parts = 1
-    if row.parts: parts = fields[-1][1] if row.parts == "groups" else _said(parent, (row.parts,))
+    said = {"": 1, "groups": fields[-1][1]}
+    parts = said[row.parts] if row.parts in said else _said(parent, (row.parts,))
     return None if parts is None else (parts, fields)
 
 
 def _cut(parts, fields, d_out):
-    "[(kind, head, rows), ...] of a layout, queries first; None where it does not have `d_out` rows."
+    "[(kind, head, rows), ...] of a layout, queries first; None where its rows are not `d_out`."
     sizes = [(heads or 1) * width for _, heads, width in fields]
     if sum(sizes) != d_out or any(size % parts for size in sizes): return None
     pieces = torch.arange(d_out).view(parts, -1).split([size // parts for size in sizes], 1)
@@ -154,7 +158,8 @@ ROLES = [  # (end of the weight's name, kind, whether its rows are those of head
     (r"(\.|^)(k|k_proj|key|k_lin|to_k|key_proj)$", "key", True),
     (r"(\.|^)(v|v_proj|value|v_lin|to_v|value_proj)$", "value", True),
     (r"(\.|^)(o_proj|out_proj|out_lin|to_out)$", "attention-out", False),
-    (r"(attn|attention|Attention)\w*\.(output\.dense|c_proj|o|dense|proj)$", "attention-out", False),
+    (r"(attn|attention|Attention)\w*\.(output\.dense|c_proj|o|dense|proj)$",
+     "attention-out", False),
     (r"\.(c_fc|fc1|lin1|linear1|fc_in|intermediate\.dense|dense_h_to_4h|wi(_\d)?|mlp\.0"
      r"|up_proj|gate_proj|gate_up_proj)$", "mlp-in", False),
     (r"\.(mlp\.c_proj|fc2|lin2|linear2|fc_out|output\.dense|dense_4h_to_h|wo|mlp\.3|down_proj)$",
@@ -182,16 +187,17 @@ def _count(kind, parent, d_out):
     width = [_number(parent, WIDTHS), _number(config, WIDTHS)]
     heads = [_number(parent, COUNTS), _number(config, COUNTS)]
     by_width = [w and d_out % w == 0 and d_out // w for w in width]
-    if kind == "query": found = [heads[0], *by_width, heads[1]]
-    else: found = [_number(parent, GROUPS), by_width[0], _groups(parent), by_width[1], *heads]
+    found = [heads[0], *by_width, heads[1]]
+    if kind != "query":
+        found = [_number(parent, GROUPS), by_width[0], _groups(parent), by_width[1], *heads]
     return next((n for n in found if n and d_out % n == 0), None)
 
 # %% ../nbs/96_roles.ipynb #bb6a7ed7
-_WRAPPER = r"\.(base_layer|original_module|modules_to_save(\.\w+)?|parametrizations\.weight(\.\w+)*)(?=\.|$)"
-_SHELL = r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)"
+_WRAPPER = (r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer"
+            r"|original_module|modules_to_save(\.\w+)?|parametrizations\.weight(\.\w+)*)(?=\.|$)")
 
 
-def _bare(name): return re.sub(_WRAPPER, "", re.sub(_SHELL, "", name)).lstrip(".")
+def _bare(name): return re.sub(_WRAPPER, "", name).lstrip(".")
 
 
 def holder(name: str,      # of a weight's module
@@ -212,10 +218,11 @@ def row_blocks(name: str,   # of the layer in its network
                d_out: int,  # rows of its weight
                kind: str    # what to call rows of which nothing is known
                ) -> list:   # [(kind, head or None, rows), ...]: rows a slice or a tensor of numbers
-    """How the rows of a weight are shared out among kinds and heads: disjoint, all of them, not always equally many.
+    """How the rows of a weight are shared out among kinds and heads: disjoint, all of them.
 
-    Key and value heads are numbered on their own where several query heads share them. A layer with a list
-    `heads` of (kind, head) or a `kind` of its own says it itself."""
+    Key and value heads are numbered on their own where several query heads share them. Kinds may
+    differ in their numbers of rows. A layer with a list `heads` of (kind, head) or a `kind` says it
+    itself."""
     whole, name = slice(0, d_out), _bare(name)
     told, own = getattr(module, "heads", None), getattr(module, "kind", None)
     if isinstance(told, list) and told and d_out % len(told) == 0:
@@ -223,10 +230,10 @@ def row_blocks(name: str,   # of the layer in its network
         return [(*label, slice(i * size, (i + 1) * size)) for i, label in enumerate(told)]
     if isinstance(own, str): return [(own, None, whole)]
     if isinstance(module, nn.MultiheadAttention): parent = module
-    dense = getattr(module, "groups", 1) == 1                # the groups of a convolution are no heads
-    if dense and (blocks := _fused(name, module, parent, d_out)): return blocks
+    groups = _number(module, ("groups",)) or 1      # of a convolution: no head may straddle them
+    if groups == 1 and (blocks := _fused(name, module, parent, d_out)): return blocks
     role = next((r for r in ROLES if re.search(r[0], name)), None)
     if role is None or _alone(name, parent): return [(kind, None, whole)]
-    count = _count(role[1], parent, d_out) if role[2] and dense else None
-    if count is None: return [(role[1], None, whole)]
+    count = _count(role[1], parent, d_out) if role[2] else None
+    if count is None or count % groups: return [(role[1], None, whole)]
     return _cut(1, [(role[1], count, d_out // count)], d_out)

@@ -250,6 +250,38 @@ def test_cross_attention_shares_two_kinds():
         assert not layer(x, encoder_hidden_states=seen)[0].any()
 
 
+@needs_transformers
+def test_mixture_of_attention_shares_keys_and_values():
+    model = made("JetMoeModel", "JetMoeConfig", hidden_size=16, kv_channels=4, num_key_value_heads=2, num_experts_per_tok=2, num_local_experts=2, intermediate_size=8,
+                 experts_implementation="eager", **DEEP, **SMALL)
+    layer, seen = model.layers[0].self_attention, []
+    blocks = row_blocks("layers.0.self_attention.kv_proj", layer.kv_proj, layer, 16, "linear")
+    assert blocks == [(kind, h, slice(8 * i + 4 * h, 8 * i + 4 * h + 4)) for i, kind in enumerate(("key", "value")) for h in range(2)]
+    layer.experts.bias.data.zero_()
+    layer.kv_proj.weight.data[8:] = 0
+    layer.register_forward_hook(lambda m, args, out: seen.append(out[0]))
+    model(IDS)
+    assert not seen[0].any()
+
+
+@needs_transformers
+def test_heads_of_grouped_convolutions():
+    model = made("SqueezeBertModel", "SqueezeBertConfig", hidden_size=16, embedding_size=16, num_attention_heads=4, intermediate_size=16, num_hidden_layers=1, vocab_size=7, q_groups=2, k_groups=2, v_groups=2)
+    layer = model.encoder.layers[0].attention
+    assert labels(layer, "query", "attention.", "conv") == THIRDS[:4]                                 # two heads in a group
+    layer.num_attention_heads, layer.attention_head_size = 1, 16
+    assert labels(layer, "query", "attention.", "conv") == [("query", None)]                           # one head in two groups
+
+
+def test_a_configuration_that_refuses_is_not_asked_again():
+    class Config:
+        num_heads = 4
+        @property
+        def head_dim(self): raise RuntimeError("differs from layer to layer")
+    layer = Owner(q_proj=nn.Linear(16, 16), config=Config())
+    assert labels(layer, "q_proj") == THIRDS[:4]
+
+
 @pytest.mark.parametrize("version", ["ShiftedWindowAttention", "ShiftedWindowAttentionV2"])
 def test_swin(version):
     swin = pytest.importorskip("torchvision.models.swin_transformer")

@@ -197,10 +197,12 @@ _WRAPPER = (r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|b
             r"|original_module|modules_to_save(\.\w+)?|parametrizations\.weight(\.\w+)*)(?=\.|$)")
 
 
-def _bare(name): return re.sub(_WRAPPER, "", name).lstrip(".")
+def _bare(name):
+    "A layer's name without wrappers; a parameter's name counts as that of its layer."
+    return re.sub(_WRAPPER, "", re.sub(r"(\.|(?<=\w)_)weight$", "", name)).lstrip(".")
 
 
-def holder(name: str,      # of a weight's module
+def holder(name: str,      # of a layer, or of its weight
            modules: dict   # name -> module, of the whole network
            ):              # module or None
     "The module that holds a layer, past the wrappers around the layer: where heads are counted."
@@ -212,8 +214,8 @@ def holder(name: str,      # of a weight's module
     return None
 
 
-def row_blocks(name: str,   # of the layer in its network
-               module,      # the layer
+def row_blocks(name: str,   # of the layer in its network, or of its weight
+               module,      # the layer, or None
                parent,      # the module that holds it (see `holder`), or None
                d_out: int,  # rows of its weight
                kind: str    # what to call rows of which nothing is known

@@ -439,3 +439,12 @@ def test_torch_attention_has_the_rows_that_torch_reads():
     blocks = row_blocks("attend.in_proj", layer, None, 36, "linear")
     assert blocks == [(kind, h, slice(12 * i + 4 * h, 12 * i + 4 * h + 4)) for i, kind in enumerate(("query", "key", "value")) for h in range(3)]
     assert row_blocks("attend.out_proj", layer.out_proj, layer, 12, "linear") == [("attention-out", None, slice(0, 12))]
+
+
+def test_a_weight_has_the_role_of_its_layer():
+    "Names of parameters, where a function of the network multiplies with them."
+    swin = Owner(attn=Owner(qkv=nn.Linear(16, 48), proj=nn.Linear(16, 16), num_heads=4), attend=nn.MultiheadAttention(16, 4, kdim=8))
+    modules = dict(swin.named_modules())
+    for name, parent, want in [("attn.qkv.weight", swin.attn, THIRDS), ("attend.q_proj_weight", swin.attend, THIRDS[:4]), ("attend.v_proj_weight", swin.attend, THIRDS[8:])]:
+        assert holder(name, modules) is parent
+        assert [b[:2] for b in row_blocks(name, None, parent, 4 * len(want), "linear")] == want

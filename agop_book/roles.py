@@ -207,7 +207,7 @@ def holder(name: str,      # of a layer, or of its weight
            ):              # module or None
     "The module that holds a layer, past the wrappers around the layer: where heads are counted."
     while name:
-        path, _, leaf = name.rpartition(".")
+        path = name.rpartition(".")[0]
         if path not in modules: return None
         if _bare(f"x.{name}") != _bare(f"x.{path}"): return modules[path]
         name = path

@@ -40,7 +40,7 @@ def _body(model):
     "The stack of blocks of a GPT-2-type model."
     body = getattr(model, "transformer", model)
     if not (isinstance(model, nn.Module) and all(hasattr(body, a) for a in ("wte", "wpe", "h")) and all(hasattr(b, "ln_1") for b in body.h)):
-        raise ValueError(f"model: {type(model).__name__} has no attention values to look at, of a GPT-2-type model with .wte, .wpe and .h[i].ln_1: pass a GPT2LMHeadModel or GPTNeoForCausalLM of transformers")
+        raise ValueError(f"model: {type(model).__name__} has no attention values to look at, of a GPT-2-type model with .wte, .wpe and .h[i].ln_1: pass a GPT2LMHeadModel, GPTNeoForCausalLM or GPTBigCodeForCausalLM of transformers")
     return body
 
 
@@ -119,10 +119,10 @@ def _moment(site):
 class ValueHeads:
     """The value weights of all heads of a GPT-2-type model, with their AGOP with respect to what they read (paper, section II.C).
 
-    `.sites`: a `Site` for each; `.table`: its row of `nfa` with the layer. Layers and heads count from 0. Memory does not depend on the size of the vocabulary.
+    `.sites`: a `Site` for each; `.table`: its row of `nfa` with the layer. Layers and heads count from 0; where all queries of a layer share one value (multi-query attention), it has head 0 only. Memory does not depend on the size of the vocabulary.
     ValueError for models that are not of GPT-2's kind, and for token numbers or lengths that the model cannot take."""
 
-    def __init__(self, model: nn.Module,      # GPT2LMHeadModel, GPTNeoForCausalLM and the like, in eval mode
+    def __init__(self, model: nn.Module,      # GPT2LMHeadModel, GPTNeoForCausalLM, GPTBigCodeForCausalLM and the like, in eval mode
                  tokens,                      # with encode(text) and decode(numbers): a `Tokens` or a tokenizer of transformers
                  data,                        # (n, t) token numbers
                  *, probes: int | None = 8,   # random combinations of the outputs per batch; None: all of them

@@ -295,6 +295,43 @@ def test_gpt_neo_as_the_papers_model(tokens):
     assert len(colour("the cat", heads.direction(1, 1), in_place=True).pieces) == 2
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_values_of_bigcode_are_not_its_keys(shared):
+    "Multi-query: 12 query rows, one key, one value; else query, key, value of each head in turn."
+    tf = _transformers()
+    torch.manual_seed(0)
+    config = tf.GPTBigCodeConfig(vocab_size=9, n_positions=4, n_embd=12, n_layer=2, n_head=3, multi_query=shared, bos_token_id=0, eos_token_id=0)
+    model, ids = tf.GPTBigCodeForCausalLM(config).double().eval(), torch.randint(9, (2, 4))
+    for p in model.parameters(): torch.nn.init.normal_(p, std=0.5)
+    heads = ValueHeads(model, None, ids, probes=None, progress=False)
+    starts = [16] if shared else [8, 20, 32]
+    assert list(zip(heads.table.layer, heads.table["head"])) == [(layer, h) for layer in range(2) for h in range(len(starts))]
+    for site, layer in zip(heads.sites, heads.table.layer):
+        attn, rows = model.transformer.h[layer].attn, torch.arange(4) + starts[site.head]
+        W = attn.c_attn.weight.detach()[rows]
+        assert torch.equal(site.W, W)
+        want = 0
+        for one in ids:
+            def shifted(s):
+                def add(m, args, out): return out + torch.zeros_like(out).index_add(-1, rows, (s @ W.T)[None])
+                hook = attn.c_attn.register_forward_hook(add)
+                try: return model(one[None]).logits
+                finally: hook.remove()
+            J = torch.autograd.functional.jacobian(shifted, torch.zeros(4, 12, dtype=torch.float64)).flatten(0, -2)
+            want = want + J.T @ J / len(ids)
+        assert (site.agop() - want).abs().max() < 1e-10 * want.abs().max()
+    with torch.no_grad():
+        for start in starts:
+            attn.c_attn.weight[start:start + 4] = 0
+            attn.c_attn.bias[start:start + 4] = 0
+    seen = []
+    attn.c_proj.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    model(ids)
+    assert not seen[0].any()
+    assert heads.direction(1, len(starts) - 1).head == len(starts) - 1
+    with pytest.raises(IndexError, match=f"head={len(starts)}"): heads.direction(0, len(starts))
+
+
 def test_models_by_name_or_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="download=True"): hub_language("no-such/model-here")
     from tokenizers import ByteLevelBPETokenizer

@@ -198,6 +198,7 @@ def _run_chapter(chapter, wanted, scale, device, out, since=None, step=lambda: N
     "Run a chapter (only as far as the `wanted` figures need) and save its executed copy. Returns a Failure or None."
     nb, start = copy.deepcopy(chapter.notebook), time.time()
     last = max((chapter.figures[id] for id in wanted), default=-1) if wanted is not None else len(nb.cells) - 1
+    (out / "chapters").mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(".tmp", f".{chapter.name}.{os.getpid()}.", out / "chapters"))
     try:
         for sub in ("empty", "ipython"): (work / sub).mkdir()

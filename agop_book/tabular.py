@@ -46,7 +46,7 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
-from .arrays import plain
+from .arrays import plain as as_real
 from .data import DataNotFound, Task, UnreadableData, check_count, load, read_task
 from .data import tasks as found_tasks
 from .figures import _append, _bar, _check_results, _finished, steady_output
@@ -58,7 +58,7 @@ from .rfm import SOLVERS, cholesky_, rounds
 # %% ../nbs/04_tabular.ipynb #b7b4e191
 def _table(x, y):
     "Features as finite float64 `(n, d)` and targets `(n,)`; TypeError or ValueError name the argument."
-    x, y = np.asarray(plain(x, "x"), np.float64), np.asarray(plain(y, "y"))
+    x, y = np.asarray(as_real(x, "x"), np.float64), np.asarray(as_real(y, "y"))
     if x.ndim != 2 or y.shape != x.shape[:1] or len(y) < 2:
         raise ValueError(f"x has shape {x.shape} and y {y.shape}: (n, d) and (n,) with at least two rows are needed")
     for name, values in (("x", x), ("y", y)):

@@ -75,7 +75,7 @@ def check_count(value,              # what the caller gave
                 least: int = 1,     # smallest value that makes sense
                 most: int = 2**31   # largest
                 ) -> int:
-    "`value` as an int if it is an integer from `least` to `most`; else a ValueError that names the argument."
+    "`value` as an int from `least` to `most`; else a ValueError that names the argument."
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if whole and least <= value <= most: return int(value)
     raise ValueError(f"{name}={value!r}: must be an integer >= {least} and <= {most:,}")
@@ -83,10 +83,19 @@ def check_count(value,              # what the caller gave
 
 def _draw(rows, n, random_state, name):
     if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
-        raise SubsetError(f"n={n!r}: the number of samples must be an integer >= 1, or None for all of them")
-    if random_state is not None: check_count(random_state, "random_state", 0, 2**32 - 1)
-    if n > len(rows): raise SubsetError(f"n={n:,} is more than {name} has ({len(rows):,} samples): ask for fewer, or n=None for all")
-    return np.random.RandomState(random_state).permutation(rows)[:n]    # its stream is frozen: the same subset with every numpy
+        raise SubsetError(
+            f"n={n!r}: the number of samples must be an integer >= 1, or None for all of them"
+        )
+    if random_state is not None:
+        check_count(random_state, "random_state", 0, 2**32 - 1)
+    if n > len(rows):
+        raise SubsetError(
+            f"n={n:,} is more than {name} has ({len(rows):,} samples): ask for fewer, or n=None"
+            " for all"
+        )
+    return np.random.RandomState(random_state).permutation(rows)[
+        :n
+    ]  # its stream is frozen: the same subset with every numpy
 
 # %% ../nbs/90_data.ipynb #910e6dc8
 @dataclass(frozen=True)
@@ -135,7 +144,7 @@ class Request:
         return rows if self.n is None else _draw(rows, self.n, self.random_state, f"{self.name} ({self.split})")
 
     def where(self, pattern=0):
-        "The file that a message is about: the first that matched a pattern; the name of an embedded set."
+        "The first file that matched a pattern, for messages; the name of an embedded set."
         return str(self.files[pattern][0]) if self.files else self.name
 
 # %% ../nbs/90_data.ipynb #09bd76bb
@@ -213,20 +222,26 @@ def _state(folder):
 
 # %% ../nbs/90_data.ipynb #a603b3db
 def _labels(path, y, classes, n, first=0):
-    "The labels of `n` samples as integers from 0; UnreadableData names the file where they are no classes `first`, `first` + 1, ..."
+    "The labels of `n` samples, which count from `first`, as integers from 0; or UnreadableData."
     y = np.asarray(y)
-    if y.shape != (n,): raise UnreadableData(f"{path}: labels of shape {y.shape} for {n:,} samples: get it again")
-    if y.dtype.kind not in "iuf": raise UnreadableData(f"{path}: the labels are no numbers ({y.dtype}): get it again")
+    if y.shape != (n,):
+        raise UnreadableData(f"{path}: labels of shape {y.shape} for {n:,} samples: get it again")
+    if y.dtype.kind not in "iuf":
+        raise UnreadableData(f"{path}: the labels are no numbers ({y.dtype}): get it again")
     last = first + classes - 1
     wrong = np.flatnonzero(~((y >= first) & (y <= last) & (y == np.floor(y))))
     if len(wrong):
-        raise UnreadableData(f"{path}: label {y[wrong[0]]} of sample {wrong[0]:,} is not one of the classes {first} .. {last}: get it again")
+        raise UnreadableData(
+            f"{path}: label {y[wrong[0]]} of sample {wrong[0]:,} is not one of the classes {first}"
+            f" .. {last}: get it again"
+        )
     return y.astype(np.int64) - first
 
 
 def _room(need, what, remedy="ask for fewer samples with n=, or use a machine with more memory"):
     "MemoryError before the work where `need` bytes are not free."
-    from agop_book.memory import plan       # loads torch, which the command line can do without
+    from agop_book.memory import plan  # loads torch, which the command line can do without
+
     plan(need, what, remedy)
 
 
@@ -236,7 +251,10 @@ def _images_of(path, x, n=None):
     good = dtype == np.uint8 and len(shape) == 4 and shape[3] == 3 and min(shape) > 0
     if good and n in (None, shape[0]): return shape
     wanted = f"({'n' if n is None else n}, height, width, 3)"
-    raise UnreadableData(f"{path}: images of shape {shape} and type {dtype}, expected bytes of shape {wanted}: get it again")
+    raise UnreadableData(
+        f"{path}: images of shape {shape} and type {dtype}, expected bytes of shape {wanted}: get"
+        " it again"
+    )
 
 # %% ../nbs/90_data.ipynb #12745e1a
 def read_idx(path   # of the file; the suffix .gz says that it is compressed
@@ -264,8 +282,15 @@ def _idx_header(path, file):
     kind = {8: "u1", 12: ">i4"}.get(head[2]) if len(head) == 4 and head[:2] == b"\0\0" else None
     sizes = file.read(4 * head[3]) if kind else b""
     if kind is None or len(sizes) != 4 * head[3]:
-        raise UnreadableData(f"{path}: not an idx file of bytes or 32-bit integers (it starts with {head!r}): get it again")
-    return 4 + len(sizes), kind, tuple(int.from_bytes(sizes[i:i + 4], "big") for i in range(0, len(sizes), 4))
+        raise UnreadableData(
+            f"{path}: not an idx file of bytes or 32-bit integers (it starts with {head!r}): get it"
+            " again"
+        )
+    return (
+        4 + len(sizes),
+        kind,
+        tuple(int.from_bytes(sizes[i : i + 4], "big") for i in range(0, len(sizes), 4)),
+    )
 
 
 def _promised(path, file, size):
@@ -308,18 +333,29 @@ SETS["emnist"] = Row("EMNIST ({task})", "image", _idx, {"train": None, "test": N
                      ("emnist", "EMNIST/raw"), torchvision="EMNIST", arguments=_TRAIN, tasks=_EMNIST)
 
 # %% ../nbs/90_data.ipynb #7d1fa04f
+def _npy_header(path, name, member):
+    "Shape and dtype of one array in an npz file."
+    version = np.lib.format.read_magic(member)
+    if version != (1, 0):                # later versions allow headers of 4 GB
+        raise UnreadableData(f"{path}: {name} is no plain array: get it again")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+    if not dtype.hasobject: return shape, dtype
+    raise UnreadableData(f"{path}: {name} is a pickle, which may run code: get the file again")
+
+
 def _npz_arrays(path, *names):
-    "Open an npz file, and the shape and dtype of some of its arrays. Nothing is unpacked before there is room for what is promised."
+    "An open npz file, and shape and dtype of some of its arrays, once there is room for them."
     file, need, about = np.load(path, allow_pickle=False), 0, []
     with zipfile.ZipFile(path) as members:
         for name in names:
             with members.open(f"{name}.npy") as member:
-                if np.lib.format.read_magic(member) != (1, 0):       # later versions allow headers of 4 GB
-                    raise UnreadableData(f"{path}: {name} is no plain array: get it again")
-                shape, _, dtype = np.lib.format.read_array_header_1_0(member)
-            if dtype.hasobject: raise UnreadableData(f"{path}: {name} is a pickle, which may run code; it is never opened: get the file again")
+                shape, dtype = _npy_header(path, name, member)
             size, has = math.prod(shape) * dtype.itemsize, members.getinfo(f"{name}.npy").file_size
-            if size > has: raise UnreadableData(f"{path}: the header of {name} promises {size:,} bytes, the file has {has:,}: get it again")
+            if size > has:
+                raise UnreadableData(
+                    f"{path}: the header of {name} promises {size:,} bytes, the file has {has:,}:"
+                    " get it again"
+                )
             need += size
             about.append((shape, dtype))
     _room(2 * need, f"unpacking the {need:,} bytes that {path} promises")
@@ -328,53 +364,73 @@ def _npz_arrays(path, *names):
 
 def _npz(request):
     path = request.files[0][0]
-    with np.load(path, allow_pickle=False) as file: x = next((name for name in ("x", "X") if name in file), "x")
+    with np.load(path, allow_pickle=False) as file:
+        x = next((name for name in ("x", "X") if name in file), "x")
     file, (images, _) = _npz_arrays(path, x, "y")
     with file:
         n = _images_of(path, images)[0]
         y = _labels(path, file["y"], 10, n)
         rows = request.pick(n)
-        return file[x][rows], y[rows], _CIFAR10 if request.name == "cifar10_jpeg" else list(string.digits), None
+        return (
+            file[x][rows],
+            y[rows],
+            _CIFAR10 if request.name == "cifar10_jpeg" else list(string.digits),
+            None,
+        )
 
 
 def _mat_sizes(path):
-    "Unpacked bytes of every variable of a MATLAB 5 file; UnreadableData where one unpacks to more or less than it says."
+    "Unpacked bytes of every variable of a MATLAB 5 file; UnreadableData where one lies."
     end, sizes = os.path.getsize(path), []
     with open(path, "rb") as file:
         order = "big" if file.read(128)[-2:] == b"MI" else "little"
         while file.tell() < end:
             kind, length = (int.from_bytes(file.read(4), order) for _ in range(2))
             after = file.tell() + length
-            if length == 0 or after > end: raise UnreadableData(f"{path}: cut off, or not a MATLAB 5 file: get it again")
+            if length == 0 or after > end:
+                raise UnreadableData(f"{path}: cut off, or not a MATLAB 5 file: get it again")
             sizes.append(length)
-            if kind == 15: sizes[-1] = _mat_unpacked(path, file, after, order)
+            if kind == 15:
+                sizes[-1] = _mat_unpacked(path, file, after, order)
             file.seek(after)
     return sizes
 
 
 def _mat_unpacked(path, file, after, order):
-    "Bytes of one compressed variable that ends at `after`: its first 8 say how many follow. Not more than those are unpacked."
+    "Unpacked bytes of a variable that ends at `after`: its first 8 say how many follow."
     unpack = zlib.decompressobj()
-    size, has = int.from_bytes(unpack.decompress(file.read(min(2**16, after - file.tell())), 8)[4:], order) + 8, 8
+    size, has = (
+        int.from_bytes(unpack.decompress(file.read(min(2**16, after - file.tell())), 8)[4:], order)
+        + 8,
+        8,
+    )
     while has <= size and not unpack.eof:
         block = unpack.unconsumed_tail or file.read(min(2**20, after - file.tell()))
         part = len(unpack.decompress(block, 2**24))
         has += part
-        if not block and not part: break
+        if not block and not part:
+            break
     if has == size: return size
-    raise UnreadableData(f"{path}: a variable promises {size:,} bytes and unpacks to {'more' if has > size else f'{has:,}'}: get it again")
+    raise UnreadableData(
+        f"{path}: a variable promises {size:,} bytes and unpacks to"
+        f" {'more' if has > size else f'{has:,}'}: get it again"
+    )
 
 
 def _mat(request):
     from scipy.io import loadmat, whosmat
+
     path = request.files[0][0]
     _room(2 * sum(_mat_sizes(path)), f"reading {path}")
     shapes = {name: (shape, kind) for name, shape, kind in whosmat(path)}
-    if not {"X", "y"} <= shapes.keys(): raise UnreadableData(f"{path}: no variables X and y, it has {sorted(shapes)}: get it again")
+    if not {"X", "y"} <= shapes.keys():
+        raise UnreadableData(f"{path}: no variables X and y, it has {sorted(shapes)}: get it again")
     shape, kind = shapes["X"]
-    n = _images_of(path, (shape[3:] + shape[:3], np.dtype(np.uint8) if kind == "uint8" else kind))[0]
+    n = _images_of(path, (shape[3:] + shape[:3], np.dtype(np.uint8) if kind == "uint8" else kind))[
+        0
+    ]
     file = loadmat(path, variable_names=["X", "y"])
-    y = _labels(path, file["y"].ravel(), 10, n, first=1)          # 10 stands for the digit 0
+    y = _labels(path, file["y"].ravel(), 10, n, first=1)  # 10 stands for the digit 0
     rows = request.pick(n)
     return file["X"][..., rows].transpose(3, 0, 1, 2), (y[rows] + 1) % 10, list(string.digits), None
 
@@ -396,14 +452,20 @@ def _imagenet32(request):
     for path in files:
         file, ((shape, dtype), _) = _npz_arrays(path, "data", "labels")
         if dtype != np.uint8 or shape[1:] != (3072,):
-            raise UnreadableData(f"{path}: images of shape {shape} and type {dtype}, expected bytes of shape (n, 3072): get it again")
-        with file: labels.append(_labels(path, file["labels"], 1000, shape[0], first=1))
+            raise UnreadableData(
+                f"{path}: images of shape {shape} and type {dtype}, expected bytes of shape (n,"
+                " 3072): get it again"
+            )
+        with file:
+            labels.append(_labels(path, file["labels"], 1000, shape[0], first=1))
     ends, y = np.cumsum([len(part) for part in labels]), np.concatenate(labels)
     rows = request.pick(len(y))
     x, home = np.empty((len(rows), 3, 32, 32), np.uint8), np.searchsorted(ends, rows, side="right")
     for k in np.unique(home):
         with np.load(files[k], allow_pickle=False) as file:
-            x[home == k] = file["data"][rows[home == k] - (ends[k] - len(labels[k]))].reshape(-1, 3, 32, 32)
+            x[home == k] = file["data"][rows[home == k] - (ends[k] - len(labels[k]))].reshape(
+                -1, 3, 32, 32
+            )
     return x.transpose(0, 2, 3, 1), y[rows], None, None
 
 
@@ -419,33 +481,59 @@ def _square(image, size):
 
 def _decode(path, size):
     try:
-        with Image.open(path) as image: return np.asarray(_square(image.convert("RGB"), size))
-    except MemoryError: raise
-    except Exception as error:          # pillow's readers raise many kinds, among them its own for bombs
+        with Image.open(path) as image:
+            return np.asarray(_square(image.convert("RGB"), size))
+    except MemoryError:
+        raise
+    except Exception as error:  # pillow's readers raise many kinds, among them its own for bombs
         raise UnreadableData(f"{path}: not a readable image ({error}): get it again") from error
 
 
 def _room_for_images(request, n, side=None):
-    "MemoryError before `n` colour images of the wanted size are decoded: as bytes, and as numbers of 4 bytes."
+    "MemoryError before `n` colour images are decoded, to bytes and to numbers of 4 bytes."
     side = request.size or side
-    _room(n * 3 * side**2 * 9, f"{request.name}: {n:,} images of {side:,} x {side:,} pixels", "ask for fewer samples with n=, or for a smaller size=")
+    _room(
+        n * 3 * side**2 * 9,
+        f"{request.name}: {n:,} images of {side:,} x {side:,} pixels",
+        "ask for fewer samples with n=, or for a smaller size=",
+    )
 
 
 def _flat_folder(request):
     files = request.files[0]
-    rows, classes = request.pick(len(files)), [re.sub(r"^n\d{8}_", "", path.stem).replace("_", " ") for path in files]
+    rows, classes = request.pick(len(files)), [
+        re.sub(r"^n\d{8}_", "", path.stem).replace("_", " ") for path in files
+    ]
     _room_for_images(request, len(rows))
-    if all(re.match(r"n\d{8}_", path.name) for path in files): request.note = " (ImageNet samples)"    # their WordNet ids are in the names
+    if all(re.match(r"n\d{8}_", path.name) for path in files):
+        request.note = " (ImageNet samples)"  # their WordNet ids are in the names
     return np.stack([_decode(files[i], request.size) for i in rows]), rows, classes, None
 
 
 def _class_folders(request):
-    folders = sorted(path for path in request.files[0][0].iterdir() if path.is_dir() and path.name != "BACKGROUND_Google")
-    files = [(path, k) for k, folder in enumerate(folders) for path in sorted(folder.iterdir()) if path.suffix.lower() in (".jpg", ".jpeg", ".png")]
-    if not files: raise UnreadableData(f"{request.files[0][0]}: expected one folder of JPEG or PNG files per class, found none")
+    folders = sorted(
+        path
+        for path in request.files[0][0].iterdir()
+        if path.is_dir() and path.name != "BACKGROUND_Google"
+    )
+    files = [
+        (path, k)
+        for k, folder in enumerate(folders)
+        for path in sorted(folder.iterdir())
+        if path.suffix.lower() in (".jpg", ".jpeg", ".png")
+    ]
+    if not files:
+        raise UnreadableData(
+            f"{request.files[0][0]}: expected one folder of JPEG or PNG files per class, found none"
+        )
     picked = [files[i] for i in request.pick(len(files))]
     _room_for_images(request, len(picked))
-    return np.stack([_decode(path, request.size) for path, _ in picked]), np.array([k for _, k in picked]), [folder.name for folder in folders], None
+    return (
+        np.stack([_decode(path, request.size) for path, _ in picked]),
+        np.array([k for _, k in picked]),
+        [folder.name for folder in folders],
+        None,
+    )
 
 # %% ../nbs/90_data.ipynb #96e73e42
 SETS["photos"] = Row("{total} photographs", "image", _flat_folder, {}, ("*.jpg",), ("photos",), size=224,
@@ -469,24 +557,37 @@ def _torchvision(request, **options):
 
 
 def _check_pcam(request):
-    "UnreadableData or MemoryError where the HDF5 files of PCAM are not what they should be; ImportError without h5py."
-    if importlib.util.find_spec("h5py") is None: raise ImportError("pcam is stored as HDF5 and needs h5py: pip install h5py")
+    "UnreadableData or MemoryError where PCAM's files are not as they should be."
+    if importlib.util.find_spec("h5py") is None:
+        raise ImportError("pcam is stored as HDF5 and needs h5py: pip install h5py")
     import h5py
+
     with h5py.File(request.where(0)) as x, h5py.File(request.where(1)) as y:
         n = _images_of(request.where(0), (x["x"].shape, x["x"].dtype), len(y["y"]))[0]
-        _room(math.prod(x["x"].chunks or ()) + 8 * n, f"one block of {request.where(0)}")      # one image unpacks its whole block
+        _room(
+            math.prod(x["x"].chunks or ()) + 8 * n, f"one block of {request.where(0)}"
+        )  # one image unpacks its whole block
 
 
 def _vision(request):
-    if request.name == "pcam": _check_pcam(request)
+    if request.name == "pcam":
+        _check_pcam(request)
     data = _torchvision(request, root=str(request.folder))
     rows = request.pick(len(data))
     _room_for_images(request, len(rows), 96)
     items = (data[int(i)] for i in rows)
     items = ((image.convert("RGB"), np.asarray(target)) for image, target in items)
-    x, y = zip(*((np.asarray(_square(image, request.size) if request.size else image), target) for image, target in items))
+    x, y = zip(*(
+        (np.asarray(_square(image, request.size) if request.size else image), target)
+        for image, target in items
+    ))
     names = getattr(data, "attr_names", None) or getattr(data, "classes", None)
-    return np.stack(x), np.asarray(y, np.int64), None if names is None else [name for name in names if name], None
+    return (
+        np.stack(x),
+        np.asarray(y, np.int64),
+        None if names is None else [name for name in names if name],
+        None,
+    )
 
 # %% ../nbs/90_data.ipynb #893ef43a
 def _vision_row(title, of, counts, files, argument="split", size=None, extra="", **names):
@@ -512,19 +613,35 @@ def _documents(request):
     path = request.files[0][0]
     mark = rb"<\|endoftext\|>" if request.name == "tinystories" else rb"\r?\n\r?\n"
     if not path.stat().st_size: raise UnreadableData(f"{path} is empty: get it again")
-    with open(path, "rb") as file, contextlib.closing(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) as text:
-        gaps = np.fromiter((edge for hit in re.finditer(mark, text) for edge in hit.span()), np.int64).reshape(-1, 2)
-        starts, ends = np.append(0, gaps[:, 1]), np.append(gaps[:, 0], [] if request.name == "tinystories" else len(text)).astype(np.int64)
+    with open(path, "rb") as file, contextlib.closing(
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    ) as text:
+        gaps = np.fromiter(
+            (edge for hit in re.finditer(mark, text) for edge in hit.span()), np.int64
+        ).reshape(-1, 2)
+        starts, ends = np.append(0, gaps[:, 1]), np.append(
+            gaps[:, 0], [] if request.name == "tinystories" else len(text)
+        ).astype(np.int64)
         rows = request.pick(len(ends))
-        _room(4 * int((ends[rows] - starts[rows]).sum()) + 100 * len(rows), f"{len(rows):,} documents of {path}")
-        x = [_text_of(path, text[starts[i]:ends[i]]) for i in rows]
-    return np.array([part.strip() for part in x] if request.name == "tinystories" else x, object), None, None, None
+        _room(
+            4 * int((ends[rows] - starts[rows]).sum()) + 100 * len(rows),
+            f"{len(rows):,} documents of {path}",
+        )
+        x = [_text_of(path, text[starts[i] : ends[i]]) for i in rows]
+    return (
+        np.array([part.strip() for part in x] if request.name == "tinystories" else x, object),
+        None,
+        None,
+        None,
+    )
 
 
 def _text_of(path, raw):
     "Bytes of a text file as text."
-    try: text = raw.decode()
-    except UnicodeDecodeError as error: raise UnreadableData(f"{path}: not a text in UTF-8 ({error}): get it again") from None
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        raise UnreadableData(f"{path}: not a text in UTF-8 ({error}): get it again") from None
     if "\0" in text: raise UnreadableData(f"{path}: not a text, it holds zero bytes: get it again")
     return text
 
@@ -547,10 +664,18 @@ SETS["help_topics"] = Row(f"help topics of Python {platform.python_version()}", 
 # %% ../nbs/90_data.ipynb #8f2955a8
 def _surnames(request):
     files = request.files[0]
-    _room(100 * sum(path.stat().st_size for path in files), f"reading the names in {request.folder}")
-    words = [[line.strip() for line in _text_of(path, path.read_bytes()).splitlines() if line.strip()] for path in files]
-    if empty := [path for path, part in zip(files, words) if not part]: raise UnreadableData(f"{empty[0]}: no name in it: get it again")
-    x, y = np.array([word for part in words for word in part], object), np.repeat(np.arange(len(files)), [len(part) for part in words])
+    _room(
+        100 * sum(path.stat().st_size for path in files), f"reading the names in {request.folder}"
+    )
+    words = [
+        [line.strip() for line in _text_of(path, path.read_bytes()).splitlines() if line.strip()]
+        for path in files
+    ]
+    if empty := [path for path, part in zip(files, words) if not part]:
+        raise UnreadableData(f"{empty[0]}: no name in it: get it again")
+    x, y = np.array([word for part in words for word in part], object), np.repeat(
+        np.arange(len(files)), [len(part) for part in words]
+    )
     rows = request.pick(len(x))
     return x[rows], y[rows], [path.stem for path in files], None
 
@@ -597,13 +722,20 @@ def _malformed(path, line, what): return UnreadableData(f"{path}, line {line}: {
 
 def _task_table(path, n, d, classes):
     "Features and classes of one `*_R.dat`; the first column counts the rows, the last is the class."
-    if not path.is_file(): raise UnreadableData(f"{path.parent}: no {path.name}, which the task's description names: get the folder again")
+    if not path.is_file():
+        raise UnreadableData(
+            f"{path.parent}: no {path.name}, which the task's description names: get the folder"
+            " again"
+        )
     _room(10 * path.stat().st_size, f"reading {path}")
     lines = path.read_text(encoding="latin-1").splitlines()[1:]
-    try: table = np.loadtxt(lines, ndmin=2) if lines else np.empty((0, 0))
-    except ValueError: table = np.empty((0, 0))
+    try:
+        table = np.loadtxt(lines, ndmin=2) if lines else np.empty((0, 0))
+    except ValueError:
+        table = np.empty((0, 0))
     good = table.shape == (n, d + 2) and np.isfinite(table).all()
-    if good and ((y := table[:, -1]) == np.clip(np.floor(y), 0, classes - 1)).all(): return table[:, 1:-1], y.astype(np.int64)
+    if good and ((y := table[:, -1]) == np.clip(np.floor(y), 0, classes - 1)).all():
+        return table[:, 1:-1], y.astype(np.int64)
     raise _wrong_line(path, lines, n, d, classes)
 
 
@@ -611,36 +743,63 @@ def _wrong_line(path, lines, n, d, classes):
     "The error about the first line that is no row of a task."
     for number, line in enumerate(lines, 2):
         words = line.split()
-        try: values = np.array(words, float)
-        except ValueError: return _malformed(path, number, f"not a row of numbers: {line[:60]!r}")
-        if len(words) != d + 2: return _malformed(path, number, f"{len(words)} columns, expected {d + 2} (row number, {d} features, class)")
+        try:
+            values = np.array(words, float)
+        except ValueError:
+            return _malformed(path, number, f"not a row of numbers: {line[:60]!r}")
+        if len(words) != d + 2:
+            return _malformed(
+                path,
+                number,
+                f"{len(words)} columns, expected {d + 2} (row number, {d} features, class)",
+            )
         if not np.isfinite(values).all(): return _malformed(path, number, "a value is not finite")
-        if values[-1] not in range(classes): return _malformed(path, number, f"class {words[-1]} is not one of 0 .. {classes - 1}")
-        if number > n + 1: return _malformed(path, number, f"more than the {n} rows that are expected")
+        if values[-1] not in range(classes):
+            return _malformed(path, number, f"class {words[-1]} is not one of 0 .. {classes - 1}")
+        if number > n + 1:
+            return _malformed(path, number, f"more than the {n} rows that are expected")
     return _malformed(path, len(lines) + 1, f"the file ends after {len(lines)} rows, expected {n}")
 
 
 def _task_indices(path, lines, n):
     _room(100 * path.stat().st_size, f"reading {path}")
-    rows = [line.split() for line in path.read_text(encoding="latin-1").splitlines() if line.strip()]
-    if len(rows) != lines: raise _malformed(path, len(rows) + 1, f"{len(rows)} lines of indices, expected {lines}")
+    rows = [
+        line.split() for line in path.read_text(encoding="latin-1").splitlines() if line.strip()
+    ]
+    if len(rows) != lines:
+        raise _malformed(path, len(rows) + 1, f"{len(rows)} lines of indices, expected {lines}")
     for number, words in enumerate(rows, 1):
         bad = [word for word in words if not _WHOLE(word) or int(word) >= n]
-        if bad or not words: raise _malformed(path, number, f"{bad[:1] or 'nothing'} is not an index of one of the {n} samples (0 .. {n - 1})")
+        if bad or not words:
+            raise _malformed(
+                path,
+                number,
+                f"{bad[:1] or 'nothing'} is not an index of one of the {n} samples (0 .. {n - 1})",
+            )
     return [np.array(words, np.int64) for words in rows]
 
 # %% ../nbs/90_data.ipynb #0835eae2
 def _facts(info):
-    "number(key) and table(k): the integers and the names of the tables in the description of a task."
-    if info.stat().st_size > 2**20: raise UnreadableData(f"{info}: {info.stat().st_size:,} bytes are no description of a task: get it again")
+    "Two functions: number(key) and table(k) of the description of a task."
+    if info.stat().st_size > 2**20:
+        raise UnreadableData(
+            f"{info}: {info.stat().st_size:,} bytes are no description of a task: get it again"
+        )
     facts = dict(re.findall(r"^\s*(\w+)\s*=\s*(\S+)", info.read_text(encoding="latin-1"), re.M))
+
     def number(key):
-        if not _WHOLE(facts.get(key, "")): raise _malformed(info, 1, f"no integer {key}= in this file (it has {facts.get(key)!r})")
+        if not _WHOLE(facts.get(key, "")):
+            raise _malformed(info, 1, f"no integer {key}= in this file (it has {facts.get(key)!r})")
         return int(facts[key])
+
     def table(k):
         name = facts.get(f"fich{k}", f"{info.stem}_R.dat")
-        if not re.fullmatch(r"[\w.+-]*\.dat", name): raise _malformed(info, 1, f"fich{k}= {name[:60]!r} is not the name of a table beside it")
+        if not re.fullmatch(r"[\w.+-]*\.dat", name):
+            raise _malformed(
+                info, 1, f"fich{k}= {name[:60]!r} is not the name of a table beside it"
+            )
         return info.parent / name
+
     return number, table
 
 
@@ -648,8 +807,11 @@ def _task_tables(info):
     "The one or two tables that a description names, and the number of classes."
     number, table = _facts(info)
     d, classes, files = number("n_entradas"), number("n_clases"), number("n_arquivos")
-    if files not in (1, 2): raise _malformed(info, 1, f"n_arquivos= {files}, a task has one or two tables")
-    tables = [_task_table(table(k), number(f"n_patrons{k}"), d, classes) for k in range(1, files + 1)]
+    if files not in (1, 2):
+        raise _malformed(info, 1, f"n_arquivos= {files}, a task has one or two tables")
+    tables = [
+        _task_table(table(k), number(f"n_patrons{k}"), d, classes) for k in range(1, files + 1)
+    ]
     found = np.unique(np.concatenate([y for _, y in tables]))
     if len(found) < classes:
         absent = next(k for k in range(len(found) + 1) if k not in found)
@@ -662,12 +824,24 @@ def read_task(folder):
     folder = Path(folder)
     info = folder / f"{folder.name}.txt"
     for path in (info, folder / "conxuntos.dat", folder / "conxuntos_kfold.dat"):
-        if not path.is_file(): raise UnreadableData(f"{folder}: no {path.name}; a task has {info.name}, its *_R.dat, conxuntos.dat and conxuntos_kfold.dat: get the folder again")
+        if not path.is_file():
+            raise UnreadableData(
+                f"{folder}: no {path.name}; a task has {info.name}, its *_R.dat, conxuntos.dat and"
+                " conxuntos_kfold.dat: get the folder again"
+            )
     tables, classes = _task_tables(info)
     n = len(tables[0][0])
     train, validation = _task_indices(folder / "conxuntos.dat", 2, n)
     folds = _task_indices(folder / "conxuntos_kfold.dat", 8, n)
-    return Task(folder.name, *tables[0], classes, train, validation, list(zip(folds[::2], folds[1::2])), *(tables[1] if len(tables) > 1 else ()))
+    return Task(
+        folder.name,
+        *tables[0],
+        classes,
+        train,
+        validation,
+        list(zip(folds[::2], folds[1::2])),
+        *(tables[1] if len(tables) > 1 else ()),
+    )
 
 
 def _task(request):
@@ -740,12 +914,22 @@ def _as_images(request, x):
         _room(8 * x.size, f"{len(x):,} images of {request.where()}")
         x = (x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2)).astype(np.float32) / 255
     if x.ndim != 4 or x.shape[1] not in (1, 3) or x.dtype.kind != "f":
-        raise UnreadableData(f"{request.where()}: images of shape {x.shape} and type {x.dtype}; a reader gives bytes (n, h, w) or (n, h, w, c), "
-                             "or numbers in [0, 1] of shape (n, c, h, w), with c = 1 or 3")
-    if not (x.min() >= 0 and x.max() <= 1): raise UnreadableData(f"{request.where()}: pixels outside [0, 1], or not finite: get it again")
-    if not request.size or x.shape[2:] == (request.size,) * 2: return x.astype(np.float32, copy=False)
+        raise UnreadableData(
+            f"{request.where()}: images of shape {x.shape} and type {x.dtype}; a reader gives bytes"
+            " (n, h, w) or (n, h, w, c), or numbers in [0, 1] of shape (n, c, h, w), with c = 1"
+            " or 3"
+        )
+    if not (x.min() >= 0 and x.max() <= 1):
+        raise UnreadableData(
+            f"{request.where()}: pixels outside [0, 1], or not finite: get it again"
+        )
+    if not request.size or x.shape[2:] == (request.size,) * 2:
+        return x.astype(np.float32, copy=False)
     _room_for_images(request, len(x))
-    squares = [[_square(Image.fromarray(channel), request.size) for channel in image] for image in np.ascontiguousarray(x, np.float32)]
+    squares = [
+        [_square(Image.fromarray(channel), request.size) for channel in image]
+        for image in np.ascontiguousarray(x, np.float32)
+    ]
     return np.array([[np.asarray(channel) for channel in image] for image in squares])
 
 
@@ -756,29 +940,46 @@ def _as_values(request, x):
 
 
 def _as_targets(request, y, classes, n):
-    "Targets as finite float64, classes and attributes as int64; UnreadableData where they do not fit the samples or the classes."
+    "Targets as finite float64, classes and attributes as int64; or UnreadableData."
     where, y = request.where(-1), np.asarray(y)
-    if len(y) != n: raise UnreadableData(f"{where}: {len(y):,} labels for {n:,} samples: get it again")
+    if len(y) != n:
+        raise UnreadableData(f"{where}: {len(y):,} labels for {n:,} samples: get it again")
     if y.dtype.kind == "f" and classes is None and np.isfinite(y).all(): return y.astype(np.float64)
     if y.ndim == 1: return _labels(where, y, 2**31 if classes is None else len(classes), n)
     if y.shape == (n, len(classes or ())) and np.isin(y, (0, 1)).all(): return y.astype(np.int64)
-    raise UnreadableData(f"{where}: attributes of shape {y.shape} that are not 0 or 1 for each of {len(classes or ())} names: get it again")
+    raise UnreadableData(
+        f"{where}: attributes of shape {y.shape} that are not 0 or 1 for each of"
+        f" {len(classes or ())} names: get it again"
+    )
 
 
 def _read(request):
     row = request.row
-    try: x, y, classes, columns = row.read(request)
-    except (SubsetError, UnreadableData, ImportError, MemoryError): raise
-    except Exception as error:      # whatever a reader of a foreign format raises on damaged input
-        raise UnreadableData(f"{request.name}: cannot read {request.where()}: {type(error).__name__}: {error}; get the files again") from error
+    try:
+        x, y, classes, columns = row.read(request)
+    except (SubsetError, UnreadableData, ImportError, MemoryError):
+        raise
+    except Exception as error:  # whatever a reader of a foreign format raises on damaged input
+        raise UnreadableData(
+            f"{request.name}: cannot read {request.where()}: {type(error).__name__}: {error}; get"
+            " the files again"
+        ) from error
     if not len(x): raise UnreadableData(f"{request.where()}: no sample in it: get it again")
     x = _as_images(request, x) if row.modality == "image" else _as_values(request, x)
-    if y is not None: y = _as_targets(request, y, classes, len(x))
+    if y is not None:
+        y = _as_targets(request, y, classes, len(x))
+    where = str(request.folder or "embedded")
+    return Dataset(request.name, np.ascontiguousarray(x), y, classes, request.split,
+                   request.source, _label(request, classes), columns, where)
+
+
+def _label(request, classes):
+    "The honest name of what was read."
+    row, total = request.row, request.total
     published = row.n.get(request.split, row.n.get("all"))
-    label = row.title.format(total=request.total, classes=len(classes or ()), task=request.task) + request.note
-    if published and request.total != published: label += f" ({request.total:,} of {published:,} samples)"
-    return Dataset(request.name, np.ascontiguousarray(x), y, classes, request.split, request.source, label, columns,
-                   str(request.folder or "embedded"))
+    title = row.title.format(total=total, classes=len(classes or ()), task=request.task)
+    part = f" ({total:,} of {published:,} samples)" if published and total != published else ""
+    return title + request.note + part
 
 
 def load(*names: str,              # sets in order of preference, such as "svhn", "svhn_crops", "digits"

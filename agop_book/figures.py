@@ -142,12 +142,12 @@ def record(
 # %% ../nbs/91_figures.ipynb #c148c1e5
 _FIELDS = ("id", "caption", "measured", "paper", "data", "scale", "device", "seed", "seconds", "versions")
 
-_LARGEST = 4_000_000        # bytes of a record's JSON; the book's own have less than a hundredth of it
+_LARGEST = 4_000_000        # bytes of a JSON; the book's own have a hundredth of it
 
 def read_record(
     path: Path,   # the JSON of a record
 ):                # dict, or None
-    "The entry in a record's JSON, or None when there is none; a warning names a file that is no whole record with its picture."
+    "The entry in a record's JSON, or None; a warning names a file that is no whole record."
     try:
         with open(path, "rb") as file: text = file.read(_LARGEST + 1)
         fault = "it is too large" if len(text) > _LARGEST else ""
@@ -161,17 +161,26 @@ def read_record(
 
 def _fault(entry, path):
     "What is wrong with a record, or an empty string."
-    if not isinstance(entry, dict) or not all(k in entry for k in _FIELDS): return f"it must be a dict with {', '.join(_FIELDS)}"
-    if entry["id"] != path.stem or not re.fullmatch(_ID, path.stem): return f"its id is {str(entry['id'])[:60]!r}"
-    for names, kinds in ((("caption", "data", "scale", "device"), str), (("measured", "versions"), dict), (("paper",), (str, dict, type(None))),
-                         (("seconds",), (numbers.Real, type(None)))):
+    if not isinstance(entry, dict) or not all(k in entry for k in _FIELDS):
+        return f"it must be a dict with {', '.join(_FIELDS)}"
+    if entry["id"] != path.stem or not re.fullmatch(_ID, path.stem):
+        return f"its id is {str(entry['id'])[:60]!r}"
+    for names, kinds in (
+        (("caption", "data", "scale", "device"), str),
+        (("measured", "versions"), dict),
+        (("paper",), (str, dict, type(None))),
+        (("seconds",), (numbers.Real, type(None))),
+    ):
         for name in names:
-            if not isinstance(entry[name], kinds): return f"{name} is a {type(entry[name]).__name__}"
+            if not isinstance(entry[name], kinds):
+                return f"{name} is a {type(entry[name]).__name__}"
     if entry["scale"] not in SCALES: return f"its scale is none of {', '.join(SCALES)}"
     if _deeper(entry, 20): return "it is nested too deeply"
     try:
-        with path.with_suffix(".png").open("rb") as picture: head, size = picture.read(8), os.fstat(picture.fileno()).st_size
-    except OSError: return "it has no picture"
+        with path.with_suffix(".png").open("rb") as picture:
+            head, size = picture.read(8), os.fstat(picture.fileno()).st_size
+    except OSError:
+        return "it has no picture"
     if size > 10 * _LARGEST: return "its picture is too large"
     return "" if head == b"\x89PNG\r\n\x1a\n" else "its picture is no PNG"
 
@@ -228,7 +237,7 @@ def _show(value):
 def safe_markdown(
     text: str,   # Markdown of a record, which anybody may have written
 ) -> str:        # the same Markdown, of which nothing becomes HTML, a directive or a link that runs code
-    "Markdown as it is, but HTML, directives and roles of MyST, and links that are not to http, https, mailto or a place nearby do nothing."
+    "The text, where HTML, MyST's directives and links other than to the web do nothing."
     text = re.sub(r"([`~:]{3}[ \t]*)\{", r"\1", str(text))                          # ```{directive}
     text = re.sub(r"\{([\w:.+-]*)\}(?=`)", r"\1", text)                             # {role}`content`
     text = re.sub(r"([)\]`])\{", r"\1 {", text)                                     # [link](place){attribute=...}
@@ -240,7 +249,9 @@ def _harmless_link(match):
     "The start of a link's destination, as it is or, where it may have another scheme, as `#`."
     place = re.sub(r"[\x00-\x20\\]", "", html.unescape(match[2]))
     scheme = re.match(r"([a-z][a-z0-9+.-]*):", place, re.I)
-    harmless = not place.startswith("<") and (not scheme or scheme[1].lower() in ("http", "https", "mailto"))
+    harmless = not place.startswith("<") and (
+        not scheme or scheme[1].lower() in ("http", "https", "mailto")
+    )
     return match[0] if harmless else match[1] + "#"
 
 def _caption(entry):
@@ -273,22 +284,34 @@ def _source(fn):
 def _finished(path):
     "The rows of a results file by key. Drops a last line that was cut off."
     text = path.read_bytes() if path.exists() else b""
-    whole = text[:text.rfind(b"\n") + 1]
-    if whole != text: write_atomic(path, whole)
-    rows, since = {}, float(os.environ.get("AGOP_BOOK_SINCE") or 0)    # `agop-book reproduce --force` accepts nothing older
+    whole = text[: text.rfind(b"\n") + 1]
+    if whole != text:
+        write_atomic(path, whole)
+    rows, since = {}, float(
+        os.environ.get("AGOP_BOOK_SINCE") or 0
+    )  # `agop-book reproduce --force` accepts nothing older
     for line in whole.splitlines():
-        try: entry = json.loads(line)
-        except (ValueError, RecursionError): continue
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
         if not isinstance(entry, dict): continue
         key, row, when = entry.get("key"), entry.get("row"), entry.get("time", 0)
-        if isinstance(key, str) and isinstance(row, dict) and isinstance(when, (int, float)) and when >= since: rows[key] = row
+        if (
+            isinstance(key, str)
+            and isinstance(row, dict)
+            and isinstance(when, (int, float))
+            and when >= since
+        ):
+            rows[key] = row
     return rows
 
 def _check_results(path, name):
-    "The path of a results file that can be written; its folder is made. Raises before the work, not after it."
+    "A results file that can be written, its folder made. Raises before the work, not after."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_file() and not os.access(path, os.W_OK): raise PermissionError(f"{name}: {str(path)!r} may not be written; choose another file.")
+    if path.is_file() and not os.access(path, os.W_OK):
+        raise PermissionError(f"{name}: {str(path)!r} may not be written; choose another file.")
     return check_writable(path, name)
 
 # %% ../nbs/91_figures.ipynb #46b4a0c2
@@ -315,17 +338,20 @@ class _Steady:
 
 @contextmanager
 def steady_output():
-    "Inside, printing survives every encoding and a reader that has left. OSError where the output cannot be written otherwise."
+    "Inside, printing survives every encoding and a reader that has left; OSError for a full disk."
     outer = sys.stdout, sys.stderr
     known = [(stream, stream.errors) for stream in outer if hasattr(stream, "reconfigure")]
-    for stream, _ in known: stream.reconfigure(errors="backslashreplace")
+    for stream, _ in known:
+        stream.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = (stream and _Steady(stream) for stream in outer)
     try:
         yield
-        for stream in filter(None, (sys.stdout, sys.stderr)): stream.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
     finally:
         sys.stdout, sys.stderr = outer
-        for stream, errors in known: stream.reconfigure(errors=errors)
+        for stream, errors in known:
+            stream.reconfigure(errors=errors)
 
 # %% ../nbs/91_figures.ipynb #7bdaa49e
 class _Line:
@@ -369,29 +395,43 @@ def sweep(
 
 def _rows(grid):
     "The rows of a grid as plain values."
-    if isinstance(grid, dict) or not hasattr(grid, "__iter__"): raise TypeError("grid must be a list of dicts: for a product of lists pass sklearn's ParameterGrid(grid)")
+    if isinstance(grid, dict) or not hasattr(grid, "__iter__"):
+        raise TypeError(
+            "grid must be a list of dicts: for a product of lists pass sklearn's"
+            " ParameterGrid(grid)"
+        )
     rows = list(grid)
     for row in rows:
-        if not isinstance(row, dict): raise TypeError(f"grid holds {row!r}; each of its rows must be a dict from parameters to values")
+        if not isinstance(row, dict):
+            raise TypeError(
+                f"grid holds {row!r}; each of its rows must be a dict from parameters to values"
+            )
     return [{k: _plain(v, f"grid: {k}") for k, v in row.items()} for row in rows]
 
 def _run_row(fn, row, key, path):
     "One experiment, timed and appended to the file."
     start = time.perf_counter()
     got = fn(**row)
-    if not isinstance(got, dict): raise TypeError(f"fn returned {got!r} for {row}: return a dict from names to values")
-    if clash := row.keys() & got.keys(): raise ValueError(f"fn returned {sorted(clash)}, which are parameters already: rename them")
+    if not isinstance(got, dict):
+        raise TypeError(f"fn returned {got!r} for {row}: return a dict from names to values")
+    if clash := row.keys() & got.keys():
+        raise ValueError(f"fn returned {sorted(clash)}, which are parameters already: rename them")
     result = {**row, "seconds": round(time.perf_counter() - start, 4), **_plain(got, "result")}
     return _append(path, key, result)
 
 def _append(path, key, row):
-    """One finished row at the end of a results file, on disk before the run goes on. Returns it as a resumed run would read it.
+    """One finished row at the end of a results file, on disk before the run goes on.
 
-    Where the disk is full the row is kept in memory, with a warning: the run goes on."""
+    Returns it as a resumed run would read it. Where the disk is full the row is kept in memory, with a warning: the run goes on."""
     line = json.dumps({"key": key, "time": time.time(), "row": row}) + "\n"
-    try: _add_line(path, line.encode())
+    try:
+        _add_line(path, line.encode())
     except OSError as error:
-        warnings.warn(f"{path} cannot be written ({error}); finished rows are kept in memory only, make room for them", stacklevel=2)
+        warnings.warn(
+            f"{path} cannot be written ({error}); finished rows are kept in memory only, make room"
+            " for them",
+            stacklevel=2,
+        )
     return json.loads(line)["row"]
 
 def _add_line(path, line):

@@ -124,53 +124,86 @@ def _same(a, b):
 
 # %% ../nbs/06_mlps.ipynb #de008f54
 def _checksums(raw):
-    "Of the bytes of a safetensors file: the SHA-256 of its content, and the one that it states itself, or None."
+    "SHA-256 of the content of a safetensors file, and the one that it states, or None."
     size = int.from_bytes(raw[:8], "little")
-    head = json.loads(raw[8:8 + size])
+    head = json.loads(raw[8 : 8 + size])
     stated = head.get("__metadata__", {}).pop("sha256", None)
-    return hashlib.sha256(json.dumps(head, sort_keys=True).encode() + raw[8 + size:]).hexdigest(), stated
+    return (
+        hashlib.sha256(json.dumps(head, sort_keys=True).encode() + raw[8 + size :]).hexdigest(),
+        stated,
+    )
 
 
 def _damage(path, meta, names):
-    "What shows that a file of weights is not as it was written, or an empty string; `names` are those of the module's weights."
+    "What shows that a file is not as it was written, or ''; `names`: the module's weights."
     raw, table = path.read_bytes(), path.with_name("sha256.json")
     listed = json.loads(table.read_bytes()) if table.is_file() else {}
-    if path.name in listed: return "" if listed[path.name] == hashlib.sha256(raw).hexdigest() else f"its checksum is not the one in {table.name}"
+    if path.name in listed:
+        return (
+            ""
+            if listed[path.name] == hashlib.sha256(raw).hexdigest()
+            else f"its checksum is not the one in {table.name}"
+        )
     content, stated = _checksums(raw)
     if stated: return "" if stated == content else "its content does not match its checksum"
-    return "" if meta.keys() <= {"about", "history", *names} else "its header is damaged"      # written before files had checksums
+    return (
+        "" if meta.keys() <= {"about", "history", *names} else "its header is damaged"
+    )  # written before files had checksums
 
 
 def _stored_about(path, about, names):
-    "The metadata of a stored file when it is whole and fits `about`, else None with a warning that names what differs."
-    since = float(os.environ.get("AGOP_BOOK_SINCE") or 0)     # `agop-book reproduce --force` accepts nothing older
+    "The metadata of a file that is whole and fits `about`, else None with a warning."
+    since = float(
+        os.environ.get("AGOP_BOOK_SINCE") or 0
+    )  # `agop-book reproduce --force` accepts nothing older
     if not path.is_file() or path.stat().st_mtime < since: return None
     try:
-        with safe_open(path, "pt") as file: meta = file.metadata() or {}
+        with safe_open(path, "pt") as file:
+            meta = file.metadata() or {}
         theirs = json.loads(meta.get("about", "{}"))
         damage = _damage(path, meta, names)
     except (SafetensorError, OSError, ValueError, RecursionError, AttributeError) as error:
         return warnings.warn(f"{path.name} cannot be read ({error}); training anew", stacklevel=3)
-    if damage: return warnings.warn(f"{path} is refused: {damage}; training anew. Get the file again, or delete it", stacklevel=3)
-    differs = sorted(k for k in {*about, *theirs} if not _same(about.get(k, "-"), theirs.get(k, "-")))
-    if differs: return warnings.warn(f"{path.name} was trained with other {', '.join(differs)}; training anew", stacklevel=3)
+    if damage:
+        return warnings.warn(
+            f"{path} is refused: {damage}; training anew. Get the file again, or delete it",
+            stacklevel=3,
+        )
+    differs = sorted(
+        k for k in {*about, *theirs} if not _same(about.get(k, "-"), theirs.get(k, "-"))
+    )
+    if differs:
+        return warnings.warn(
+            f"{path.name} was trained with other {', '.join(differs)}; training anew", stacklevel=3
+        )
     return meta
 
 
 def _store(path, net, x, y, meta):
     "Weights and how they came about, in half precision where that is small and changes the outputs by less than 1 %."
-    batch, module, exact = next(iter(net.get_iterator(net.get_dataset(x, y)))), net.module_, copy.deepcopy(net.module_)
+    batch, module, exact = (
+        next(iter(net.get_iterator(net.get_dataset(x, y)))),
+        net.module_,
+        copy.deepcopy(net.module_),
+    )
+
     def outputs():
         step = net.validation_step(batch)
         return step["y_pred"] if torch.is_tensor(step["y_pred"]) else step["loss"]
+
     full = outputs()
-    module.half().float()      # rounded
-    small = sum(v.numel() for v in module.state_dict().values()) < 2.5e6 and (outputs() - full).norm() <= 0.01 * full.norm()
-    try: write_atomic(path, _with_checksum(module.half() if small else exact, meta))
+    module.half().float()  # rounded
+    small = (
+        sum(v.numel() for v in module.state_dict().values()) < 2.5e6
+        and (outputs() - full).norm() <= 0.01 * full.norm()
+    )
+    try:
+        write_atomic(path, _with_checksum(module.half() if small else exact, meta))
     except BaseException:
         module.load_state_dict(exact.state_dict())
         raise
-    finally: module.to(next(exact.parameters()).dtype)
+    finally:
+        module.to(next(exact.parameters()).dtype)
 
 
 def _with_checksum(module, meta):

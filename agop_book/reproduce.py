@@ -115,9 +115,17 @@ def _figure_state(chapter, id, out, scale=None):
 
 def _stamp(chapter, out):
     "What an executed copy of the chapter says about itself."
-    try: stamp = json.loads((out / "chapters" / chapter.path.name).read_text(encoding="utf-8"))["metadata"]["agop_book"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError): return {}
-    whole = isinstance(stamp, dict) and isinstance(stamp.get("scale"), str) and isinstance(stamp.get("without", []), list)
+    try:
+        stamp = json.loads((out / "chapters" / chapter.path.name).read_text(encoding="utf-8"))[
+            "metadata"
+        ]["agop_book"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    whole = (
+        isinstance(stamp, dict)
+        and isinstance(stamp.get("scale"), str)
+        and isinstance(stamp.get("without", []), list)
+    )
     return stamp if whole else {}
 
 def _finished(chapter, out, scale, wanted):
@@ -215,14 +223,20 @@ def _run_chapter(chapter, wanted, scale, device, out, since=None, step=lambda: N
 
 # %% ../nbs/92_reproduce.ipynb #3b038159
 def _sweep_stale(out):
-    "Remove temporary folders of processes that no longer live, and temporary files that are older than an hour."
+    "Remove temporary files of processes that no longer live, or older than an hour."
     for folder in (out, out / "chapters", out / "results", out / "weights"):
         for path in folder.glob(".*.tmp"):
             owner = re.search(r"\.(\d{1,10})(\.\w{1,16})?\.tmp$", path.name)
             try:
-                if psutil.pid_exists(int(owner[1])) if owner else time.time() - path.stat().st_mtime < 3600: continue
+                if (
+                    psutil.pid_exists(int(owner[1]))
+                    if owner
+                    else time.time() - path.stat().st_mtime < 3600
+                ):
+                    continue
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
-            except OSError: continue                         # another process was faster
+            except OSError:
+                continue  # another process was faster
 
 # %% ../nbs/92_reproduce.ipynb #77832269
 _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -410,16 +424,23 @@ def _command(argv, chapters_in):
     try: args = _parser().parse_args(argv)
     except SystemExit as stop: return stop.code or 0
     _catch()
-    try:
-        if args.command == "list": _print_table(listing(args.out, chapters_in))
-        elif args.command == "data":
-            from agop_book.data import available
-            _print_table(available())
-        else: return reproduce(args.figures, scale=args.scale, device=args.device, out=args.out, force=args.force, chapters_in=chapters_in)
+    try: return _obey(args, chapters_in)
     except UsageError as error:
         print(f"agop-book: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print("\nagop-book: interrupted. Finished figures are kept: the same command goes on from there.", file=sys.stderr)
+        print("\nagop-book: interrupted. Finished figures are kept: "
+              "the same command goes on from there.", file=sys.stderr)
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+
+def _obey(args, chapters_in):
+    "The exit code of the command with arguments that were read."
+    if args.command == "reproduce":
+        return reproduce(args.figures, scale=args.scale, device=args.device, out=args.out,
+                         force=args.force, chapters_in=chapters_in)
+    if args.command == "list": table = listing(args.out, chapters_in)
+    else:
+        from agop_book.data import available
+        table = available()
+    _print_table(table)
     return 0

@@ -57,12 +57,16 @@ from .rfm import SOLVERS, cholesky_, rounds
 
 # %% ../nbs/04_tabular.ipynb #b7b4e191
 def _table(x, y):
-    "Features as finite float64 `(n, d)` and targets `(n,)`; TypeError or ValueError name the argument."
+    "Features as finite float64 `(n, d)` and targets `(n,)`; errors name the argument."
     x, y = np.asarray(as_real(x, "x"), np.float64), np.asarray(as_real(y, "y"))
     if x.ndim != 2 or y.shape != x.shape[:1] or len(y) < 2:
-        raise ValueError(f"x has shape {x.shape} and y {y.shape}: (n, d) and (n,) with at least two rows are needed")
+        raise ValueError(
+            f"x has shape {x.shape} and y {y.shape}: (n, d) and (n,) with at least two rows are"
+            " needed"
+        )
     for name, values in (("x", x), ("y", y)):
-        if values.dtype.kind == "f" and not np.isfinite(values).all(): raise ValueError(f"{name} holds NaN or infinity: drop those rows first")
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise ValueError(f"{name} holds NaN or infinity: drop those rows first")
     return x, y
 
 
@@ -183,10 +187,14 @@ class KernelModel:
     single: int = 1000           # with more training rows than this, float32 where it can hold the ridge (`holds`)
 
     def _plan(self, n, m, outputs):
-        "MemoryError where Gram matrices of `n` centres, `m` new points and so many outputs do not fit."
+        "MemoryError where Gram matrices of `n` centres and `m` new points do not fit."
         size = 4 if n > self.single else 8
-        plan(size * (2 * n * n + m * n) + 8 * outputs * (2 * n + m), f"{self.kernel}: the Gram matrices of {n:,} centres and {m:,} new points, {outputs:,} outputs,",
-             "Take a smaller max_centers, or leave out such tasks with max_rows=.")
+        plan(
+            size * (2 * n * n + m * n) + 8 * outputs * (2 * n + m),
+            f"{self.kernel}: the Gram matrices of {n:,} centres and {m:,} new points, {outputs:,}"
+            " outputs,",
+            "Take a smaller max_centers, or leave out such tasks with max_rows=.",
+        )
 
     def candidates(self, X, y, n_classes, X_new, grid=None):
         "Yields `(parameters, predictions at X_new)` for every point of `grid` (default: the model's own)."
@@ -261,11 +269,16 @@ def inner_folds(task: Task, n_splits: int = 3, most: int = 1000) -> list:
     "Ours: a choice for every fold, by cross-validation among at most `most` of its training rows."
     check_count(n_splits, "n_splits", 2)
     check_count(most, "most", n_splits)
+
     def splits(rows):
         rows = np.random.RandomState(0).permutation(rows)[:most]
         y = task.y[rows]
         kind = StratifiedKFold if task.n_classes and np.bincount(y).max() >= n_splits else KFold
-        return [(rows[a], rows[b]) for a, b in kind(n_splits, shuffle=True, random_state=0).split(rows, y)]
+        return [
+            (rows[a], rows[b])
+            for a, b in kind(n_splits, shuffle=True, random_state=0).split(rows, y)
+        ]
+
     return [splits(train) for train, _ in rows_and_folds(task)[2]]
 
 # %% ../nbs/04_tabular.ipynb #a3194748
@@ -295,7 +308,8 @@ def choose_parameters(model, task: Task, splits) -> dict:
 
 
 def _check_protocol(protocol):
-    if not isinstance(protocol, str) or protocol not in PROTOCOLS: raise ValueError(f"protocol={protocol!r} must be one of {sorted(PROTOCOLS)}")
+    if not isinstance(protocol, str) or protocol not in PROTOCOLS:
+        raise ValueError(f"protocol={protocol!r} must be one of {sorted(PROTOCOLS)}")
 
 
 def evaluate(task, model, protocol: str = "published") -> dict:
@@ -324,19 +338,23 @@ def _row(key, row, task, model):
 
 def _size(task):
     "Rows of a task (of one of the 121: as its description says), without reading its tables."
-    if not isinstance(task, str): return len(task.x) + (0 if task.x_test is None else len(task.x_test))
+    if not isinstance(task, str):
+        return len(task.x) + (0 if task.x_test is None else len(task.x_test))
     folder = found_tasks().get(task)
     if folder is None: return len(get_task(task).x)
-    with open(folder / f"{task}.txt", encoding="latin-1") as file: text = file.read(2**20)
+    with open(folder / f"{task}.txt", encoding="latin-1") as file:
+        text = file.read(2**20)
     return sum(map(int, re.findall(r"^\s*n_patrons[12]\s*=\s*(\d{1,18})\b", text, re.M)))
 
 
 def _by_size(tasks, max_rows):
     "The tasks asked for, the largest first; those with more rows left out."
-    if tasks is None: tasks = found_tasks()
+    if tasks is None:
+        tasks = found_tasks()
     tasks = [tasks] if isinstance(tasks, (str, Task)) else list(tasks)
     for task in tasks:
-        if not isinstance(task, (str, Task)): raise TypeError(f"tasks holds {task!r}; give names or Tasks")
+        if not isinstance(task, (str, Task)):
+            raise TypeError(f"tasks holds {task!r}; give names or Tasks")
     sizes = sorted(((_size(task), k) for k, task in enumerate(tasks)), key=lambda pair: -pair[0])
     return [tasks[k] for size, k in sizes if max_rows is None or size <= max_rows]
 
@@ -346,29 +364,48 @@ def _jobs(tasks, models, protocol):
     jobs = {}
     for task in tasks:
         for name, model in models.items():
-            row = {"task": task if isinstance(task, str) else task.name, "model": name, "protocol": protocol}
-            identity = [*row.values(), repr(model), *([] if isinstance(task, str) else [joblib.hash(task)])]
+            row = {
+                "task": task if isinstance(task, str) else task.name,
+                "model": name,
+                "protocol": protocol,
+            }
+            identity = [
+                *row.values(),
+                repr(model),
+                *([] if isinstance(task, str) else [joblib.hash(task)]),
+            ]
             jobs[hashlib.sha256(json.dumps(identity).encode()).hexdigest()] = (row, task, model)
     return jobs
 
 
 def _follow(parent):
     "Let this process end soon after the process `parent` has ended, however that was."
+
     def watch():
         try:
             process = psutil.Process(parent)
-            while process.is_running() and process.status() != psutil.STATUS_ZOMBIE: time.sleep(0.5)
-        finally: os._exit(1)
+            while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.5)
+        finally:
+            os._exit(1)
+
     threading.Thread(target=watch, daemon=True).start()
 
 
 def _parallel(n_jobs, most):
-    "joblib's Parallel for at most `most` jobs; processes that it starts on this machine end with this one."
+    "joblib's Parallel for at most `most` jobs; its processes end with this one."
     whole = isinstance(n_jobs, (int, np.integer)) and not isinstance(n_jobs, bool)
     if n_jobs is not None and not (whole and n_jobs != 0 and abs(n_jobs) <= 10_000):
-        raise ValueError(f"n_jobs={n_jobs!r}: must be a number of processes up to 10,000, negative to count from all processors, or None")
-    if whole and n_jobs > 0: n_jobs = min(int(n_jobs), max(most, 1))
-    ours = isinstance(joblib.parallel.get_active_backend()[0], (joblib.parallel.LokyBackend, joblib.parallel.MultiprocessingBackend))
+        raise ValueError(
+            f"n_jobs={n_jobs!r}: must be a number of processes up to 10,000, negative to count from"
+            " all processors, or None"
+        )
+    if whole and n_jobs > 0:
+        n_jobs = min(int(n_jobs), max(most, 1))
+    ours = isinstance(
+        joblib.parallel.get_active_backend()[0],
+        (joblib.parallel.LokyBackend, joblib.parallel.MultiprocessingBackend),
+    )
     options = {"initializer": _follow, "initargs": (os.getpid(),)} if ours else {}
     return joblib.Parallel(n_jobs=n_jobs, return_as="generator_unordered", **options)
 
@@ -377,10 +414,18 @@ def _named(models, known):
     "The models asked for, as a dict."
     if isinstance(models, dict):
         for name, model in models.items():
-            if not hasattr(model, "candidates"): raise TypeError(f"models[{name!r}]={model!r} has no method candidates: give a Model or a KernelModel")
+            if not hasattr(model, "candidates"):
+                raise TypeError(
+                    f"models[{name!r}]={model!r} has no method candidates: give a Model or a"
+                    " KernelModel"
+                )
         return models
     for name in models or ():
-        if name not in known: raise ValueError(f"unknown model {name!r}{_did_you_mean(name, known)}; known are {', '.join(known)}. Pass a dict for models of your own")
+        if name not in known:
+            raise ValueError(
+                f"unknown model {name!r}{_did_you_mean(name, known)}; known are {', '.join(known)}."
+                " Pass a dict for models of your own"
+            )
     return {name: known[name] for name in models or known}
 
 # %% ../nbs/04_tabular.ipynb #b7af0e67
@@ -413,8 +458,14 @@ def benchmark(
 # %% ../nbs/04_tabular.ipynb #b387772d
 def _csv(results):
     "The text of a benchmark's CSV file."
-    table = results.assign(folds=[[round(v, 6) for v in folds] if isinstance(folds, list) else None for folds in results["folds"]])
-    for column in ("folds", "chosen"): table[column] = [json.dumps(v) if isinstance(v, list) else "" for v in table[column]]
+    table = results.assign(
+        folds=[
+            [round(v, 6) for v in folds] if isinstance(folds, list) else None
+            for folds in results["folds"]
+        ]
+    )
+    for column in ("folds", "chosen"):
+        table[column] = [json.dumps(v) if isinstance(v, list) else "" for v in table[column]]
     return table.sort_values(["protocol", "task", "model"]).to_csv(index=False, float_format="%.6g")
 
 
@@ -426,16 +477,28 @@ def save_results(results: pd.DataFrame, path) -> None:
 def read_results(path) -> pd.DataFrame:
     "The benchmark that `save_results` wrote, or that `benchmark(out=...)` is writing (.jsonl)."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"no results at {str(path)!r}; benchmark(out=...) and save_results write them")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no results at {str(path)!r}; benchmark(out=...) and save_results write them"
+        )
     if path.suffix == ".jsonl": return pd.DataFrame(_finished(path).values())
-    try: table = pd.read_csv(path, keep_default_na=False, na_values=[""])
-    except (ValueError, pd.errors.ParserError) as error: raise UnreadableData(f"{path}: not a table of results ({error})") from None
-    missing = {"task", "model", "protocol", "accuracy", "folds", "chosen", "error"} - set(table)
-    if missing: raise UnreadableData(f"{path}: no column {', '.join(sorted(missing))}; it is not a file written by save_results")
-    if table["accuracy"].dtype.kind not in "fi": raise UnreadableData(f"{path}: an accuracy is no number")
     try:
-        for column in ("folds", "chosen"): table[column] = [json.loads(v) if isinstance(v, str) else None for v in table[column]]
-    except (ValueError, RecursionError) as error: raise UnreadableData(f"{path}: column {column} is not JSON ({error})") from None
+        table = pd.read_csv(path, keep_default_na=False, na_values=[""])
+    except (ValueError, pd.errors.ParserError) as error:
+        raise UnreadableData(f"{path}: not a table of results ({error})") from None
+    missing = {"task", "model", "protocol", "accuracy", "folds", "chosen", "error"} - set(table)
+    if missing:
+        raise UnreadableData(
+            f"{path}: no column {', '.join(sorted(missing))}; it is not a file written by"
+            " save_results"
+        )
+    if table["accuracy"].dtype.kind not in "fi":
+        raise UnreadableData(f"{path}: an accuracy is no number")
+    try:
+        for column in ("folds", "chosen"):
+            table[column] = [json.loads(v) if isinstance(v, str) else None for v in table[column]]
+    except (ValueError, RecursionError) as error:
+        raise UnreadableData(f"{path}: column {column} is not JSON ({error})") from None
     return table.assign(error=table["error"].astype(object).where(table["error"].notna(), None))
 
 
@@ -461,18 +524,25 @@ def _main(argv=None) -> int:
 
 
 def _run(parser, argv):
-    "The exit code of the command; what was computed is printed before it is saved, so that a full disk loses nothing."
+    "The exit code of the command; results are printed before they are saved."
     args = parser.parse_args(argv)
+    options = dict(protocol=args.protocol, max_rows=args.max_rows, n_jobs=args.jobs, out=args.out)
     try:
-        if args.csv: check_writable(args.csv, "--csv")
-        results = benchmark(args.tasks or None, args.model, protocol=args.protocol, max_rows=args.max_rows, n_jobs=args.jobs, out=args.out, retry_failed=args.retry_failed)
-    except (ValueError, OSError) as error: parser.error(str(error))
-    if results.empty: parser.error("no tasks: set AGOP_BOOK_DATA to the folder above uci121, or name some, such as sklearn/iris")
-    print(results.reindex(columns=["task", "model", "accuracy", "seconds", "n", "d", "classes", "chosen", "error"]).to_string(index=False))
+        if args.csv:
+            check_writable(args.csv, "--csv")
+        results = benchmark(args.tasks or None, args.model, retry_failed=args.retry_failed, **options)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    if results.empty:
+        parser.error("no tasks: set AGOP_BOOK_DATA to the folder above uci121, or name some, "
+                     "such as sklearn/iris")
+    columns = ["task", "model", "accuracy", "seconds", "n", "d", "classes", "chosen", "error"]
+    print(results.reindex(columns=columns).to_string(index=False))
     try:
-        if args.csv: save_results(results, args.csv)
+        if args.csv:
+            save_results(results, args.csv)
     except OSError as error:
-        print(f"--csv: {error}; what would be in the file follows on the standard output", file=sys.stderr)
+        print(f"--csv: {error}; its content follows on the standard output", file=sys.stderr)
         print(_csv(results))
         return 1
     return int(results["error"].notna().any())
@@ -522,7 +592,11 @@ def critical_difference(k: int, n: int, alpha: float = 0.05) -> float:
     check_count(k, "k", 2)
     check_count(n, "n")
     if not 0 < alpha < 1: raise ValueError(f"alpha={alpha!r}: must be between 0 and 1")
-    return float(stats.studentized_range.ppf(1 - alpha, k, np.inf) / np.sqrt(2) * np.sqrt(k * (k + 1) / (6 * n)))
+    return float(
+        stats.studentized_range.ppf(1 - alpha, k, np.inf)
+        / np.sqrt(2)
+        * np.sqrt(k * (k + 1) / (6 * n))
+    )
 
 
 _CORRECTIONS = ("bonferroni", "sidak", "holm-sidak", "holm", "simes-hochberg", "hommel", "fdr_bh", "fdr_by", "fdr_tsbh", "fdr_tsbky")
@@ -531,9 +605,12 @@ _CORRECTIONS = ("bonferroni", "sidak", "holm-sidak", "holm", "simes-hochberg", "
 def pairwise(results: pd.DataFrame, correction: str = "holm", fill: bool = False) -> pd.DataFrame:
     "p-values of Wilcoxon's signed-rank test for every pair of models, corrected for their number; equal tasks count half to each side."
     a = accuracy_table(results, fill)
-    if correction not in _CORRECTIONS: raise ValueError(f"correction={correction!r} must be one of {', '.join(_CORRECTIONS)}")
+    if correction not in _CORRECTIONS:
+        raise ValueError(f"correction={correction!r} must be one of {', '.join(_CORRECTIONS)}")
     long = a.melt(var_name="model", value_name="accuracy")
-    return scikit_posthocs.posthoc_wilcoxon(long, val_col="accuracy", group_col="model", zero_method="zsplit", p_adjust=correction).loc[list(a), list(a)]
+    return scikit_posthocs.posthoc_wilcoxon(
+        long, val_col="accuracy", group_col="model", zero_method="zsplit", p_adjust=correction
+    ).loc[list(a), list(a)]
 
 
 def rank_diagram(results: pd.DataFrame, ax, alpha: float = 0.05, fill: bool = False):

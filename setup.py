@@ -22,7 +22,7 @@ setup(
     # The chapters travel inside the package, so that an installed wheel can run the book.
     packages=["agop_book", "agop_book.nbs"],
     package_dir={"agop_book.nbs": cfg["nbs_path"]},
-    package_data={"agop_book.nbs": ["*.ipynb", "records/*.png", "records/*.json", "weights/*.safetensors", "results/*.csv"]},
+    package_data={"agop_book.nbs": ["*.ipynb", "records/*.png", "records/*.json", "weights/*.safetensors", "weights/*.json", "results/*.csv"]},
     install_requires=cfg["requirements"].split(),
     extras_require={
         "vision": cfg["vision_requirements"].split(),

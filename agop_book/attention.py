@@ -213,7 +213,7 @@ def pretrained(name,                     # of a model on the hub, such as "gpt2"
                download: bool = False):  # may the network be used?
     "A trained model in eval mode. FileNotFoundError where its files are not on this machine and `download` is False."
     tf = _transformers()
-    try: return getattr(tf, kind).from_pretrained(name, local_files_only=not download, use_safetensors=True).eval()
+    try: return getattr(tf, kind).from_pretrained(name, local_files_only=not download, use_safetensors=True, trust_remote_code=False).eval()
     except OSError as error:
         raise FileNotFoundError(f"{Path(name).name!r}: no config.json and model.safetensors in the cache of transformers on this machine; pass download=True, or a folder that holds them") from error
 

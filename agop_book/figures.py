@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'PALETTE', 'scale', 'pick', 'device', 'out_dir', 'record', 'read_record', 'records', 'paper_table',
-           'gallery', 'sweep', 'style', 'show_images', 'show_matrix', 'curves']
+           'safe_markdown', 'gallery', 'steady_output', 'sweep', 'style', 'show_images', 'show_matrix', 'curves']
 
 # %% ../nbs/91_figures.ipynb #5bb5d821
-import hashlib, inspect, json, math, os, platform, re, sys, textwrap, time
+import hashlib, html, inspect, json, math, numbers, os, platform, re, sys, tempfile, textwrap, time, warnings
+from contextlib import contextmanager
 from functools import partial
 from importlib import metadata
 from io import BytesIO
@@ -19,7 +20,8 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from .files import write_atomic
+from .data import check_count
+from .files import check_writable, write_atomic
 
 # %% ../nbs/91_figures.ipynb #3a4985c5
 SCALES = ("quick", "book", "paper")
@@ -67,9 +69,7 @@ def out_dir() -> Path:
     folder = Path(os.environ.get("AGOP_BOOK_OUT") or "agop_book_out").expanduser().absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe.{os.getpid()}.tmp"
-        probe.write_bytes(b"")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder): pass
     except OSError as error:
         raise PermissionError(f"the folder for results, {folder}, cannot be written ({error.strerror or error}): "
                               "choose another with AGOP_BOOK_OUT (on the command line with --out)") from error
@@ -110,6 +110,8 @@ def _device_label():
     return f"{name} ({torch.cuda.get_device_name(name)})"
 
 # %% ../nbs/91_figures.ipynb #7f8e52e4
+_ID = r"[a-z0-9]+(-[a-z0-9]+)*"
+
 def record(
     id: str,         # name of the figure, a literal string: lower-case letters, digits and hyphens
     fig,             # matplotlib Figure or Axes
@@ -122,7 +124,7 @@ def record(
     seconds=None,    # how long the computation took
 ) -> None:
     "Write a figure and what it claims to `out_dir()`, as ID.png and ID.json, each atomically, the JSON last. Shows nothing."
-    if not (isinstance(id, str) and re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", id)):
+    if not (isinstance(id, str) and re.fullmatch(_ID, id) and len(id) <= 100):
         raise ValueError(f"id={id!r} is not a figure's name: use lower-case letters and digits joined by single hyphens")
     if not isinstance(measured, dict): raise TypeError(f"measured={measured!r} must be a dict from names to values")
     if not (paper is None or isinstance(paper, (str, dict))): raise TypeError(f"paper={paper!r} must be a dict, a string or None")
@@ -131,24 +133,61 @@ def record(
     entry = dict(id=id, caption=caption, measured=_plain(measured), paper=_plain(paper, "paper"), data=str(data), scale=scale(),
                  device=_device_label(), seed=_plain(seed, "seed"), seconds=_plain(seconds, "seconds"), versions=_versions())
     if "AGOP_BOOK_FINGERPRINT" in os.environ: entry["fingerprint"] = os.environ["AGOP_BOOK_FINGERPRINT"]
-    text, picture = json.dumps(_finite(entry), indent=1, allow_nan=False), BytesIO()
+    text, picture, folder = json.dumps(_finite(entry), indent=1, allow_nan=False), BytesIO(), out_dir()
     # no Software entry, so that the same picture gives the same bytes
     fig.savefig(picture, format="png", dpi=150, facecolor="white", bbox_inches="tight", metadata={"Software": None})
-    folder = out_dir()
     write_atomic(folder / f"{id}.png", picture.getvalue())
     write_atomic(folder / f"{id}.json", text.encode())
 
 # %% ../nbs/91_figures.ipynb #c148c1e5
 _FIELDS = ("id", "caption", "measured", "paper", "data", "scale", "device", "seed", "seconds", "versions")
 
+_LARGEST = 4_000_000        # bytes of a JSON; the book's own have a hundredth of it
+
 def read_record(
     path: Path,   # the JSON of a record
 ):                # dict, or None
-    "The entry in a record's JSON, or None when it is not a whole record with its picture."
-    try: entry = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError): return None
-    whole = isinstance(entry, dict) and all(k in entry for k in _FIELDS) and entry["id"] == path.stem
-    return entry if whole and path.with_suffix(".png").is_file() else None
+    "The entry in a record's JSON, or None; a warning names a file that is no whole record."
+    try:
+        with open(path, "rb") as file: text = file.read(_LARGEST + 1)
+        fault = "it is too large" if len(text) > _LARGEST else ""
+        entry = None if fault else json.loads(text)
+    except FileNotFoundError: return None
+    except RecursionError: fault, entry = "it is nested too deeply", None
+    except (OSError, ValueError) as error: fault, entry = str(error), None
+    fault = fault or _fault(entry, path)
+    if not fault: return entry
+    warnings.warn(f"{path} is left out, because it is no whole record of a figure: {fault}", stacklevel=2)
+
+def _fault(entry, path):
+    "What is wrong with a record, or an empty string."
+    if not isinstance(entry, dict) or not all(k in entry for k in _FIELDS):
+        return f"it must be a dict with {', '.join(_FIELDS)}"
+    if entry["id"] != path.stem or not re.fullmatch(_ID, path.stem):
+        return f"its id is {str(entry['id'])[:60]!r}"
+    for names, kinds in (
+        (("caption", "data", "scale", "device"), str),
+        (("measured", "versions"), dict),
+        (("paper",), (str, dict, type(None))),
+        (("seconds",), (numbers.Real, type(None))),
+    ):
+        for name in names:
+            if not isinstance(entry[name], kinds):
+                return f"{name} is a {type(entry[name]).__name__}"
+    if entry["scale"] not in SCALES: return f"its scale is none of {', '.join(SCALES)}"
+    if _deeper(entry, 20): return "it is nested too deeply"
+    try:
+        with path.with_suffix(".png").open("rb") as picture:
+            head, size = picture.read(8), os.fstat(picture.fileno()).st_size
+    except OSError:
+        return "it has no picture"
+    if size > 10 * _LARGEST: return "its picture is too large"
+    return "" if head == b"\x89PNG\r\n\x1a\n" else "its picture is no PNG"
+
+def _deeper(value, levels):
+    "Whether lists and dicts are nested more than so many levels."
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels < 0 or any(_deeper(item, levels - 1) for item in inner)
 
 def _stored():
     "The records that travel with the notebooks: inside the package in a wheel, beside it in a checkout."
@@ -195,6 +234,26 @@ def _show(value):
     if isinstance(value, list): return ", ".join(map(_show, value[:6])) + (", ..." if len(value) > 6 else "")
     return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if 1e4 <= abs(value) < 1e12 else f"{value:.4g}"
 
+def safe_markdown(
+    text: str,   # Markdown of a record, which anybody may have written
+) -> str:        # the same Markdown, of which nothing becomes HTML, a directive or a link that runs code
+    "The text, where HTML, MyST's directives and links other than to the web do nothing."
+    text = re.sub(r"([`~:]{3}[ \t]*)\{", r"\1", str(text))                          # ```{directive}
+    text = re.sub(r"\{([\w:.+-]*)\}(?=`)", r"\1", text)                             # {role}`content`
+    text = re.sub(r"([)\]`])\{", r"\1 {", text)                                     # [link](place){attribute=...}
+    text = re.sub(r"\\+(href|url|require|style|class|cssId)\b", r"\1", text)         # MathJax can make links, too
+    text = re.sub(r"(\][ \t]*[(:]\s*)([^\s()]*)", _harmless_link, text)
+    return re.sub(r"<(?=[A-Za-z/!?])", "< ", text)                                 # a tag begins right after its bracket
+
+def _harmless_link(match):
+    "The start of a link's destination, as it is or, where it may have another scheme, as `#`."
+    place = re.sub(r"[\x00-\x20\\]", "", html.unescape(match[2]))
+    scheme = re.match(r"([a-z][a-z0-9+.-]*):", place, re.I)
+    harmless = not place.startswith("<") and (
+        not scheme or scheme[1].lower() in ("http", "https", "mailto")
+    )
+    return match[0] if harmless else match[1] + "#"
+
 def _caption(entry):
     "A record in Markdown: heading, caption, how it was made, the numbers."
     cell = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
@@ -203,7 +262,7 @@ def _caption(entry):
     rows += ["| " + " | ".join(cell(x) for x in (name, *map(_show, row))) + " |" for name, row in zip(table.index, table.values)]
     made = [f"Data: {entry['data']}", f"scale: {entry['scale']}", f"device: {entry['device']}"]
     made += [f"{k}: {_show(entry[k])}" for k in ("seed", "seconds") if entry[k] is not None]
-    return f"{entry['caption']}\n\n*{'; '.join(made)}.*\n\n" + "\n".join(rows)
+    return safe_markdown(f"{entry['caption']}\n\n*{'; '.join(made)}.*\n\n" + "\n".join(rows))
 
 def gallery(
     folder=None,   # as in `records`
@@ -225,14 +284,74 @@ def _source(fn):
 def _finished(path):
     "The rows of a results file by key. Drops a last line that was cut off."
     text = path.read_bytes() if path.exists() else b""
-    whole = text[:text.rfind(b"\n") + 1]
-    if whole != text: write_atomic(path, whole)
-    rows, since = {}, float(os.environ.get("AGOP_BOOK_SINCE") or 0)    # `agop-book reproduce --force` accepts nothing older
+    whole = text[: text.rfind(b"\n") + 1]
+    if whole != text:
+        write_atomic(path, whole)
+    rows, since = {}, float(
+        os.environ.get("AGOP_BOOK_SINCE") or 0
+    )  # `agop-book reproduce --force` accepts nothing older
     for line in whole.splitlines():
-        try: entry = json.loads(line)
-        except ValueError: continue
-        if isinstance(entry, dict) and "row" in entry and entry.get("time", 0) >= since: rows[entry.get("key")] = entry["row"]
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if not isinstance(entry, dict): continue
+        key, row, when = entry.get("key"), entry.get("row"), entry.get("time", 0)
+        if (
+            isinstance(key, str)
+            and isinstance(row, dict)
+            and isinstance(when, (int, float))
+            and when >= since
+        ):
+            rows[key] = row
     return rows
+
+def _check_results(path, name):
+    "A results file that can be written, its folder made. Raises before the work, not after."
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_file() and not os.access(path, os.W_OK):
+        raise PermissionError(f"{name}: {str(path)!r} may not be written; choose another file.")
+    return check_writable(path, name)
+
+# %% ../nbs/91_figures.ipynb #46b4a0c2
+class _Steady:
+    "A text stream that goes on when its reader has left."
+    def __init__(self, stream): self.stream, self.gone = stream, False
+    def __getattr__(self, name): return getattr(self.stream, name)
+
+    def write(self, text):
+        self._call(self.stream.write, text)
+        return len(text)
+
+    def flush(self): self._call(self.stream.flush)
+
+    def _call(self, action, *arguments):
+        if self.gone: return
+        try: action(*arguments)
+        except OSError as error:
+            self.gone = True
+            null = os.open(os.devnull, os.O_WRONLY)         # what is left in the buffer goes there when Python ends
+            os.dup2(null, self.stream.fileno())
+            os.close(null)
+            if not isinstance(error, BrokenPipeError): raise
+
+@contextmanager
+def steady_output():
+    "Inside, printing survives every encoding and a reader that has left; OSError for a full disk."
+    outer = sys.stdout, sys.stderr
+    known = [(stream, stream.errors) for stream in outer if hasattr(stream, "reconfigure")]
+    for stream, _ in known:
+        stream.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = (stream and _Steady(stream) for stream in outer)
+    try:
+        yield
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+    finally:
+        sys.stdout, sys.stderr = outer
+        for stream, errors in known:
+            stream.reconfigure(errors=errors)
 
 # %% ../nbs/91_figures.ipynb #7bdaa49e
 class _Line:
@@ -261,12 +380,12 @@ def sweep(
     progress=True,   # show a progress bar
 ) -> pd.DataFrame:   # parameters, what `fn` returned, and `seconds`, in the order of `grid`
     "Run an experiment for every row of a grid; rows finished by an earlier run are not computed again."
-    if not re.fullmatch(r"[\w-]+", str(name)): raise ValueError(f"name={name!r} must be letters, digits, '_' and '-' only: it names a file")
-    if isinstance(grid, dict): raise TypeError("grid must be a list of dicts: for a product of lists pass sklearn's ParameterGrid(grid)")
-    grid = [{k: _plain(v, f"grid: {k}") for k, v in row.items()} for row in grid]
+    if not re.fullmatch(r"[\w-]{1,100}", str(name)): raise ValueError(f"name={name!r} must be at most 100 letters, digits, '_' and '-': it names a file")
+    if not callable(fn): raise TypeError(f"fn={fn!r} must be a function that returns a dict")
+    grid, version = _rows(grid), _plain(version, "version")
     source = _source(fn)
     if source is None and version is None: raise ValueError(f"fn={fn!r} has no readable source: pass version='1' and change it with the code")
-    path = out_dir() / "results" / f"{name}-{scale()}.jsonl"
+    path = _check_results(out_dir() / "results" / f"{name}-{scale()}.jsonl", "AGOP_BOOK_OUT")
     done, table, where = _finished(path), [], _device_label()
     for row in _bar(grid, desc=name, disable=not progress):
         key = hashlib.sha256(json.dumps([row, source, version, where], sort_keys=True).encode()).hexdigest()
@@ -274,24 +393,58 @@ def sweep(
         table.append(done[key])
     return pd.DataFrame(table)
 
+def _rows(grid):
+    "The rows of a grid as plain values."
+    if isinstance(grid, dict) or not hasattr(grid, "__iter__"):
+        raise TypeError(
+            "grid must be a list of dicts: for a product of lists pass sklearn's"
+            " ParameterGrid(grid)"
+        )
+    rows = list(grid)
+    for row in rows:
+        if not isinstance(row, dict):
+            raise TypeError(
+                f"grid holds {row!r}; each of its rows must be a dict from parameters to values"
+            )
+    return [{k: _plain(v, f"grid: {k}") for k, v in row.items()} for row in rows]
+
 def _run_row(fn, row, key, path):
     "One experiment, timed and appended to the file."
     start = time.perf_counter()
     got = fn(**row)
-    if not isinstance(got, dict): raise TypeError(f"fn returned {got!r} for {row}: return a dict from names to values")
-    if clash := row.keys() & got.keys(): raise ValueError(f"fn returned {sorted(clash)}, which are parameters already: rename them")
+    if not isinstance(got, dict):
+        raise TypeError(f"fn returned {got!r} for {row}: return a dict from names to values")
+    if clash := row.keys() & got.keys():
+        raise ValueError(f"fn returned {sorted(clash)}, which are parameters already: rename them")
     result = {**row, "seconds": round(time.perf_counter() - start, 4), **_plain(got, "result")}
     return _append(path, key, result)
 
 def _append(path, key, row):
-    "One finished row at the end of a results file, on disk before the run goes on. Returns it as a resumed run would read it."
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """One finished row at the end of a results file, on disk before the run goes on.
+
+    Returns it as a resumed run would read it. Where the disk is full the row is kept in memory, with a warning: the run goes on."""
     line = json.dumps({"key": key, "time": time.time(), "row": row}) + "\n"
-    with open(path, "ab") as f:
-        f.write(line.encode())
-        f.flush()
-        os.fsync(f.fileno())
+    try:
+        _add_line(path, line.encode())
+    except OSError as error:
+        warnings.warn(
+            f"{path} cannot be written ({error}); finished rows are kept in memory only, make room"
+            " for them",
+            stacklevel=2,
+        )
     return json.loads(line)["row"]
+
+def _add_line(path, line):
+    "Bytes at the end of a file: all of them, or none and an OSError."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab", buffering=0) as f:
+        end = f.seek(0, os.SEEK_END)
+        try:
+            if f.write(line) != len(line): raise OSError("the disk is full")
+            os.fsync(f.fileno())
+        except OSError:
+            f.truncate(end)
+            raise
 
 # %% ../nbs/91_figures.ipynb #407c7a76
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#F0E442"]
@@ -316,6 +469,11 @@ def _array(values, what):
     if not np.isfinite(a).all(): raise ValueError(f"{what} holds NaN or infinity: mask or drop them first")
     return a
 
+def _inches(size):
+    "A side of a picture."
+    if isinstance(size, numbers.Real) and 0 < size <= 50: return float(size)
+    raise ValueError(f"size={size!r}: must be a number of inches, more than 0 and at most 50")
+
 def _pixels(image, signed):
     "What imshow needs for one (h, w) or (c, h, w) image: array and options."
     top = np.abs(image).max() or 1.0
@@ -337,13 +495,14 @@ def show_images(
     "Draw images side by side, each on its own scale, zero at the middle of the map when they have both signs."
     x = _array(images, "images")
     if shape is not None:
+        shape = tuple(check_count(side, "shape") for side in shape)
         if x.ndim != 2 or x.shape[1] != math.prod(shape): raise ValueError(f"images of shape {x.shape} are not rows of size {shape}")
         x = x.reshape(-1, *shape)
     if x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[1] not in (1, 3)):
         raise ValueError(f"images has shape {x.shape}: give (k, h, w) or (k, 1 or 3, h, w), or flat rows with shape=(h, w)")
     if titles is not None and len(titles) != len(x): raise ValueError(f"titles: {len(titles)} for {len(x)} images")
     signed = bool((x < 0).any()) if signed is None else signed
-    ncols = min(ncols, len(x))
+    ncols, size = min(check_count(ncols, "ncols"), len(x)), _inches(size)
     nrows = -(-len(x) // ncols)
     fig, axes = plt.subplots(nrows, ncols, figsize=(size * ncols, (size + 0.2 * (titles is not None)) * nrows), squeeze=False)
     for ax in axes.flat: ax.set_axis_off()
@@ -366,6 +525,7 @@ def show_matrix(
     if isinstance(titles, str): titles = [titles]
     if not matrices: raise ValueError("matrices is empty")
     if titles is not None and len(titles) != len(matrices): raise ValueError(f"titles: {len(titles)} for {len(matrices)} matrices")
+    size = _inches(size)
     fig, axes = plt.subplots(1, len(matrices), figsize=(1.25 * size * len(matrices), size), squeeze=False)
     for i, (ax, matrix) in enumerate(zip(axes.flat, matrices)):
         a = _array(matrix, f"matrices[{i}]")

@@ -7,8 +7,10 @@ __all__ = ['ACTIVATIONS', 'Sine', 'MLP', 'Trained', 'trained', 'MLPTask', 'mlp_t
 
 # %% ../nbs/06_mlps.ipynb #8f5a87d7
 import copy
+import hashlib
 import io
 import json
+import numbers
 import os
 import re
 import tempfile
@@ -31,8 +33,10 @@ from skorch.history import History
 from torch import nn
 
 import agop_book
-from .data import load, low_rank
-from .figures import _bar, device, out_dir, pick, scale, write_atomic
+from .data import check_count, load, low_rank
+from .figures import _bar, device, out_dir, pick, scale
+from .files import check_writable, load_arrays, save_arrays, write_atomic
+from .memory import plan
 
 # %% ../nbs/06_mlps.ipynb #330a87ab
 class Sine(nn.Module):
@@ -51,6 +55,10 @@ class MLP(nn.Sequential):
                  init_scale: float = 1.0,   # factor on torch's default initial weights
                  bias: bool = False):
         if activation not in ACTIVATIONS: raise ValueError(f"activation={activation!r}: choose one of {', '.join(ACTIVATIONS)}")
+        for name, value, least in (("d_in", d_in, 1), ("width", width, 1), ("depth", depth, 0), ("d_out", d_out, 1)): check_count(value, name, least)
+        if not (isinstance(init_scale, numbers.Real) and np.isfinite(init_scale)): raise ValueError(f"init_scale={init_scale!r}: must be a finite number")
+        weights = d_in * width + (depth - 1) * width**2 + width * d_out if depth else d_in * d_out
+        plan(4 * weights + 1000 * depth, f"an MLP with {weights:,} weights", "Take a smaller width or depth.")
         sizes, layers = [d_in, *[width] * depth, d_out], [nn.Flatten()]
         for a, b in zip(sizes, sizes[1:]): layers += [nn.Linear(a, b, bias=bias), ACTIVATIONS[activation]()]
         super().__init__(*layers[:-1])
@@ -115,33 +123,96 @@ def _same(a, b):
     return a == b
 
 # %% ../nbs/06_mlps.ipynb #de008f54
-def _stored_about(path, about):
-    "The metadata of a stored file when it fits `about`, else None with a warning that names what differs."
-    since = float(os.environ.get("AGOP_BOOK_SINCE") or 0)     # `agop-book reproduce --force` accepts nothing older
+def _checksums(raw):
+    "SHA-256 of the content of a safetensors file, and the one that it states, or None."
+    size = int.from_bytes(raw[:8], "little")
+    head = json.loads(raw[8 : 8 + size])
+    stated = head.get("__metadata__", {}).pop("sha256", None)
+    return (
+        hashlib.sha256(json.dumps(head, sort_keys=True).encode() + raw[8 + size :]).hexdigest(),
+        stated,
+    )
+
+
+def _damage(path, meta, names):
+    "What shows that a file is not as it was written, or ''; `names`: the module's weights."
+    raw, table = path.read_bytes(), path.with_name("sha256.json")
+    listed = json.loads(table.read_bytes()) if table.is_file() else {}
+    if path.name in listed:
+        return (
+            ""
+            if listed[path.name] == hashlib.sha256(raw).hexdigest()
+            else f"its checksum is not the one in {table.name}"
+        )
+    content, stated = _checksums(raw)
+    if stated: return "" if stated == content else "its content does not match its checksum"
+    return (
+        "" if meta.keys() <= {"about", "history", *names} else "its header is damaged"
+    )  # written before files had checksums
+
+
+def _stored_about(path, about, names):
+    "The metadata of a file that is whole and fits `about`, else None with a warning."
+    since = float(
+        os.environ.get("AGOP_BOOK_SINCE") or 0
+    )  # `agop-book reproduce --force` accepts nothing older
     if not path.is_file() or path.stat().st_mtime < since: return None
     try:
-        with safe_open(path, "pt") as file: meta = file.metadata() or {}
+        with safe_open(path, "pt") as file:
+            meta = file.metadata() or {}
         theirs = json.loads(meta.get("about", "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
+        damage = _damage(path, meta, names)
+    except (SafetensorError, OSError, ValueError, RecursionError, AttributeError) as error:
         return warnings.warn(f"{path.name} cannot be read ({error}); training anew", stacklevel=3)
-    differs = sorted(k for k in {*about, *theirs} if not _same(about.get(k, "-"), theirs.get(k, "-")))
-    if differs: return warnings.warn(f"{path.name} was trained with other {', '.join(differs)}; training anew", stacklevel=3)
+    if damage:
+        return warnings.warn(
+            f"{path} is refused: {damage}; training anew. Get the file again, or delete it",
+            stacklevel=3,
+        )
+    differs = sorted(
+        k for k in {*about, *theirs} if not _same(about.get(k, "-"), theirs.get(k, "-"))
+    )
+    if differs:
+        return warnings.warn(
+            f"{path.name} was trained with other {', '.join(differs)}; training anew", stacklevel=3
+        )
     return meta
 
 
 def _store(path, net, x, y, meta):
     "Weights and how they came about, in half precision where that is small and changes the outputs by less than 1 %."
-    batch, module, exact = next(iter(net.get_iterator(net.get_dataset(x, y)))), net.module_, copy.deepcopy(net.module_)
+    batch, module, exact = (
+        next(iter(net.get_iterator(net.get_dataset(x, y)))),
+        net.module_,
+        copy.deepcopy(net.module_),
+    )
+
     def outputs():
         step = net.validation_step(batch)
         return step["y_pred"] if torch.is_tensor(step["y_pred"]) else step["loss"]
+
     full = outputs()
-    module.half().float()      # rounded
-    small = sum(v.numel() for v in module.state_dict().values()) < 2.5e6 and (outputs() - full).norm() <= 0.01 * full.norm()
+    module.half().float()  # rounded
+    small = (
+        sum(v.numel() for v in module.state_dict().values()) < 2.5e6
+        and (outputs() - full).norm() <= 0.01 * full.norm()
+    )
+    try:
+        write_atomic(path, _with_checksum(module.half() if small else exact, meta))
+    except BaseException:
+        module.load_state_dict(exact.state_dict())
+        raise
+    finally:
+        module.to(next(exact.parameters()).dtype)
+
+
+def _with_checksum(module, meta):
+    "The bytes of a safetensors file with the weights of a module, `meta` and a checksum of both."
     with tempfile.TemporaryDirectory() as folder:
-        save_model(module.half() if small else exact, file := f"{folder}/weights", meta)
-        write_atomic(path, Path(file).read_bytes())
-    module.to(next(exact.parameters()).dtype)
+        file = Path(folder) / "weights"
+        save_model(module, str(file), meta)
+        save_model(module, str(file), {**meta, "sha256": _checksums(file.read_bytes())[0]})
+        return file.read_bytes()
 
 # %% ../nbs/06_mlps.ipynb #eaeef998
 class _Resume(Callback):
@@ -153,8 +224,9 @@ class _Resume(Callback):
         "Take up the checkpoint of a killed run, if it fits."
         self.state = None
         if not self.path.is_file(): return
-        try: state = torch.load(self.path, map_location="cpu", weights_only=True)
-        except Exception: return      # cut off or foreign: whatever torch raises, training starts at the beginning
+        try: state = torch.load(io.BytesIO(load_arrays(self.path)[0]["checkpoint"].tobytes()), map_location="cpu", weights_only=True)
+        except Exception as error:    # cut off, damaged or foreign: whatever torch raises, training starts at the beginning
+            return warnings.warn(f"the checkpoint {self.path} is refused ({error}); training starts at the beginning", stacklevel=3)
         if not _same(json.loads(state["about"]), self.about): return
         self.state, net.history_ = state, History(json.loads(state["history"]))
         net.module_.load_state_dict(state["module"])
@@ -180,8 +252,9 @@ class _Resume(Callback):
         cuda = [torch.cuda.get_rng_state(net.device)] if torch.device(net.device).type == "cuda" else []
         torch.save(dict(module=net.module_.state_dict(), optimizer=net.optimizer_.state_dict(), schedulers=[s.state_dict() for s in self._schedulers(net)],
                         rng=[torch.get_rng_state(), *cuda], history=json.dumps(_epochs(net.history)), about=json.dumps(self.about)), buffer := io.BytesIO())
-        write_atomic(self.path, buffer.getvalue())
         self.saved = time.monotonic()
+        try: save_arrays(self.path, {"checkpoint": np.frombuffer(buffer.getvalue(), np.uint8)}, {})
+        except OSError as error: warnings.warn(f"no checkpoint of {self.name!r} can be written ({error}); training goes on without", stacklevel=2)
 
     def on_train_end(self, net, **kwargs): self.bar.close()
 
@@ -211,7 +284,8 @@ def trained(
     The configuration of the net, the seed and a sample of the data must be those of the stored file, which is looked for beside the notebooks
     (`nbs/weights`) and in `out_dir()/weights`; with others the network is trained anew. A killed run goes on from its last checkpoint.
     Raises ValueError for a bad name or module, FloatingPointError when the loss is no longer finite."""
-    if not re.fullmatch(r"[\w-]+", str(name)): raise ValueError(f"name={name!r} must be letters, digits, '_' and '-' only: it names a file")
+    if not re.fullmatch(r"[\w-]{1,100}", str(name)): raise ValueError(f"name={name!r} must be at most 100 letters, digits, '_' and '-': it names a file")
+    check_count(random_state, "random_state", 0, 2**32 - 1)
     if isinstance(net.module, nn.Module): raise ValueError("net.module is a module that exists already, so random_state cannot choose its weights: pass the class, and its arguments as module__...")
     settings = {k: _text(v) for k, v in net.get_params(deep=False).items() if k not in _VOLATILE and k[0] != "_"}
     net, home, file = clone(net), Path(agop_book.__file__).parent, f"{name}-{scale()}.safetensors"
@@ -221,16 +295,21 @@ def trained(
         initial = copy.deepcopy(net.module_).eval()
         about["initial"] = _sketch(*initial.state_dict().values())
         path = out_dir() / "weights" / file
-        found = {p: _stored_about(p, about) for p in (home / "nbs/weights" / file, home.parent / "nbs/weights" / file, path)}
+        names = net.module_.state_dict().keys()
+        found = {p: _stored_about(p, about, names) for p in (home / "nbs/weights" / file, home.parent / "nbs/weights" / file, path)}
         path, meta = next(((p, meta) for p, meta in found.items() if meta), (path, None))
         if meta is None:
             resume = _Resume(name, path.with_suffix(".part"), about)
             path.parent.mkdir(exist_ok=True)
+            check_writable(path, "AGOP_BOOK_OUT")
             _fit(net, resume, x, y)
             meta = {"about": json.dumps(about), "history": json.dumps(_epochs(net.history))}
-            _store(path, net, x, y, meta)
-            resume.path.unlink(missing_ok=True)
-        load_model(net.module_, path, device=str(net.device))         # also after training, so that a second run gives the same numbers
+            try: _store(path, net, x, y, meta)
+            except (OSError, SafetensorError) as error:
+                warnings.warn(f"{path} cannot be written ({error}); the trained network is in memory only", stacklevel=2)
+                path = None
+            if path: resume.path.unlink(missing_ok=True)
+        if path: load_model(net.module_, path, device=str(net.device))         # also after training, so that a second run gives the same numbers
     history = pd.DataFrame(json.loads(meta["history"]))
     return Trained(net.module_.eval(), initial, history.loc[:, ~history.columns.str.contains("_best$|_count$|^event_")])
 

@@ -6,7 +6,7 @@
 __all__ = ['Chapter', 'UsageError', 'chapters', 'Failure', 'write_report', 'reproduce', 'listing', 'main']
 
 # %% ../nbs/92_reproduce.ipynb #63dc6c27
-import argparse, ast, base64, copy, difflib, hashlib, html, json, os, re, shutil, signal, sys, threading, time
+import argparse, ast, base64, copy, difflib, hashlib, html, json, os, re, shutil, signal, sys, tempfile, threading, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,8 @@ import pandas as pd
 import psutil
 
 import agop_book
-from .figures import SCALES, out_dir, paper_table, read_record, records, scale, write_atomic, _bar, _device_name, _show
+from .files import write_atomic
+from .figures import SCALES, out_dir, paper_table, read_record, records, scale, steady_output, _bar, _device_name, _show
 
 # %% ../nbs/92_reproduce.ipynb #0917988d
 def _runs(cell):
@@ -114,8 +115,18 @@ def _figure_state(chapter, id, out, scale=None):
 
 def _stamp(chapter, out):
     "What an executed copy of the chapter says about itself."
-    try: return json.loads((out / "chapters" / chapter.path.name).read_text(encoding="utf-8"))["metadata"]["agop_book"]
-    except (OSError, ValueError, KeyError, TypeError): return {}
+    try:
+        stamp = json.loads((out / "chapters" / chapter.path.name).read_text(encoding="utf-8"))[
+            "metadata"
+        ]["agop_book"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    whole = (
+        isinstance(stamp, dict)
+        and isinstance(stamp.get("scale"), str)
+        and isinstance(stamp.get("without", []), list)
+    )
+    return stamp if whole else {}
 
 def _finished(chapter, out, scale, wanted):
     "Is there nothing left to do in this chapter? `wanted`: the figures asked for; None: the whole chapter."
@@ -195,9 +206,10 @@ def _run_chapter(chapter, wanted, scale, device, out, since=None, step=lambda: N
     "Run a chapter (only as far as the `wanted` figures need) and save its executed copy. Returns a Failure or None."
     nb, start = copy.deepcopy(chapter.notebook), time.time()
     last = max((chapter.figures[id] for id in wanted), default=-1) if wanted is not None else len(nb.cells) - 1
-    work = out / "chapters" / f".{chapter.name}.{os.getpid()}.tmp"
+    (out / "chapters").mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(".tmp", f".{chapter.name}.{os.getpid()}.", out / "chapters"))
     try:
-        for sub in ("empty", "ipython"): (work / sub).mkdir(parents=True, exist_ok=True)
+        for sub in ("empty", "ipython"): (work / sub).mkdir()
         failure = _execute(nb, chapter.name, last, _environment(chapter, scale, device, out, since, work), work, step)
     finally: shutil.rmtree(work, ignore_errors=True)
     without = [id for id in (chapter.figures if wanted is None else wanted) if _figure_state(chapter, id, out, scale) != "finished"]
@@ -211,12 +223,20 @@ def _run_chapter(chapter, wanted, scale, device, out, since=None, step=lambda: N
 
 # %% ../nbs/92_reproduce.ipynb #3b038159
 def _sweep_stale(out):
-    "Remove temporary files and folders of processes that no longer live."
-    for folder in (out, out / "chapters", out / "results"):
+    "Remove temporary files of processes that no longer live, or older than an hour."
+    for folder in (out, out / "chapters", out / "results", out / "weights"):
         for path in folder.glob(".*.tmp"):
-            pid = path.name.split(".")[-2]
-            if pid.isdigit() and not psutil.pid_exists(int(pid)):
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            owner = re.search(r"\.(\d{1,10})(\.\w{1,16})?\.tmp$", path.name)
+            try:
+                if (
+                    psutil.pid_exists(int(owner[1]))
+                    if owner
+                    else time.time() - path.stat().st_mtime < 3600
+                ):
+                    continue
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+            except OSError:
+                continue  # another process was faster
 
 # %% ../nbs/92_reproduce.ipynb #77832269
 _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -393,19 +413,34 @@ def main(
     chapters_in=None,  # as in `reproduce`
 ) -> int:              # exit code
     "The command `agop-book`."
+    try:
+        with steady_output(): return _command(argv, chapters_in)
+    except OSError as error:                  # such as a full disk: what was finished before is kept
+        print(f"agop-book: {error}", file=sys.stderr)
+        return 1
+
+def _command(argv, chapters_in):
+    "The command's exit code; errors of the caller and interruptions are said in a sentence."
     try: args = _parser().parse_args(argv)
     except SystemExit as stop: return stop.code or 0
     _catch()
-    try:
-        if args.command == "list": _print_table(listing(args.out, chapters_in))
-        elif args.command == "data":
-            from agop_book.data import available
-            _print_table(available())
-        else: return reproduce(args.figures, scale=args.scale, device=args.device, out=args.out, force=args.force, chapters_in=chapters_in)
+    try: return _obey(args, chapters_in)
     except UsageError as error:
         print(f"agop-book: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print("\nagop-book: interrupted. Finished figures are kept: the same command goes on from there.", file=sys.stderr)
+        print("\nagop-book: interrupted. Finished figures are kept: "
+              "the same command goes on from there.", file=sys.stderr)
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+
+def _obey(args, chapters_in):
+    "The exit code of the command with arguments that were read."
+    if args.command == "reproduce":
+        return reproduce(args.figures, scale=args.scale, device=args.device, out=args.out,
+                         force=args.force, chapters_in=chapters_in)
+    if args.command == "list": table = listing(args.out, chapters_in)
+    else:
+        from agop_book.data import available
+        table = available()
+    _print_table(table)
     return 0

@@ -17,7 +17,10 @@ import difflib
 import hashlib
 import io
 import json
+import os
 import re
+import sys
+import threading
 import time
 import warnings
 from dataclasses import dataclass, field, replace
@@ -29,6 +32,7 @@ from pathlib import Path
 import joblib
 import numpy as np
 import pandas as pd
+import psutil
 import scikit_posthocs
 import torch
 from scipy import stats
@@ -42,13 +46,30 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
-from .data import DataNotFound, Task, UnreadableData, load, read_task
+from .arrays import plain as as_real
+from .data import DataNotFound, Task, UnreadableData, check_count, load, read_task
 from .data import tasks as found_tasks
-from .figures import _append, _bar, _finished, write_atomic
+from .figures import _append, _bar, _check_results, _finished, steady_output
+from .files import check_writable, write_atomic
 from .kernels import KERNELS, KernelMachine
+from .memory import plan
 from .rfm import SOLVERS, cholesky_, rounds
 
 # %% ../nbs/04_tabular.ipynb #b7b4e191
+def _table(x, y):
+    "Features as finite float64 `(n, d)` and targets `(n,)`; errors name the argument."
+    x, y = np.asarray(as_real(x, "x"), np.float64), np.asarray(as_real(y, "y"))
+    if x.ndim != 2 or y.shape != x.shape[:1] or len(y) < 2:
+        raise ValueError(
+            f"x has shape {x.shape} and y {y.shape}: (n, d) and (n,) with at least two rows are"
+            " needed"
+        )
+    for name, values in (("x", x), ("y", y)):
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise ValueError(f"{name} holds NaN or infinity: drop those rows first")
+    return x, y
+
+
 def split_task(
     name: str,           # what to call it
     x,                   # (n, d) numbers
@@ -57,13 +78,16 @@ def split_task(
     random_state: int = 0,
 ) -> Task:               # features at mean 0 and variance 1; `n_classes` 0 for a regression
     "A `Task` with splits drawn as in the 121: half for fitting and half for choosing, then pairs of 75 % training and 25 % test rows."
-    y = np.asarray(y)
+    check_count(n_folds, "n_folds", 1, 10_000)
+    check_count(random_state, "random_state", 0, 2**31)
+    x, y = _table(x, y)
+    plan(12 * n_folds * len(y), f"{n_folds:,} folds of {len(y):,} rows", "Take a smaller n_folds.")
     real = y.dtype.kind == "f"
     labels = y.astype(np.float64) if real else np.unique(y, return_inverse=True)[1]
     strata = None if real or np.bincount(labels).min() < 2 else labels
     def cut(size, seed): return tuple(map(np.sort, train_test_split(np.arange(len(y)), test_size=size, stratify=strata, random_state=seed)))
     folds = [cut(0.25, random_state + k) for k in range(1, n_folds + 1)]
-    return Task(name, StandardScaler().fit_transform(np.asarray(x, np.float64)), labels, 0 if real else int(labels.max()) + 1, *cut(0.5, random_state), folds)
+    return Task(name, StandardScaler().fit_transform(x), labels, 0 if real else int(labels.max()) + 1, *cut(0.5, random_state), folds)
 
 # %% ../nbs/04_tabular.ipynb #b41900f8
 def one_scale(task: Task) -> Task:
@@ -162,13 +186,24 @@ class KernelModel:
     max_centers: int = 12_000    # with more training rows than this, a random subset of them
     single: int = 1000           # with more training rows than this, float32 where it can hold the ridge (`holds`)
 
+    def _plan(self, n, m, outputs):
+        "MemoryError where Gram matrices of `n` centres and `m` new points do not fit."
+        size = 4 if n > self.single else 8
+        plan(
+            size * (2 * n * n + m * n) + 8 * outputs * (2 * n + m),
+            f"{self.kernel}: the Gram matrices of {n:,} centres and {m:,} new points, {outputs:,}"
+            " outputs,",
+            "Take a smaller max_centers, or leave out such tasks with max_rows=.",
+        )
+
     def candidates(self, X, y, n_classes, X_new, grid=None):
         "Yields `(parameters, predictions at X_new)` for every point of `grid` (default: the model's own)."
         if len(X) > self.max_centers:
             rows = np.random.RandomState(0).permutation(len(X))[:self.max_centers]
             X, y = X[rows], y[rows]
         mean, std = (0, 1) if n_classes else (y.mean(), y.std() or 1.0)
-        Y = np.eye(n_classes)[y] if n_classes else (y[:, None] - mean) / std
+        self._plan(len(X), len(X_new), n_classes or 1)
+        Y = (y[:, None] == np.arange(n_classes)).astype(np.float64) if n_classes else (y[:, None] - mean) / std
         grid = dict(self.grid if grid is None else grid)
         regs, wanted = grid.pop("reg"), grid.pop("rounds", [0])
         for params in ParameterGrid(grid):
@@ -232,11 +267,18 @@ def given_split(task: Task) -> list:
 
 def inner_folds(task: Task, n_splits: int = 3, most: int = 1000) -> list:
     "Ours: a choice for every fold, by cross-validation among at most `most` of its training rows."
+    check_count(n_splits, "n_splits", 2)
+    check_count(most, "most", n_splits)
+
     def splits(rows):
         rows = np.random.RandomState(0).permutation(rows)[:most]
         y = task.y[rows]
         kind = StratifiedKFold if task.n_classes and np.bincount(y).max() >= n_splits else KFold
-        return [(rows[a], rows[b]) for a, b in kind(n_splits, shuffle=True, random_state=0).split(rows, y)]
+        return [
+            (rows[a], rows[b])
+            for a, b in kind(n_splits, shuffle=True, random_state=0).split(rows, y)
+        ]
+
     return [splits(train) for train, _ in rows_and_folds(task)[2]]
 
 # %% ../nbs/04_tabular.ipynb #a3194748
@@ -265,8 +307,14 @@ def choose_parameters(model, task: Task, splits) -> dict:
     return max(tried.values(), key=lambda e: (round(np.mean(e[1]), 12), -e[0].get("rounds", 0)))[0]
 
 
+def _check_protocol(protocol):
+    if not isinstance(protocol, str) or protocol not in PROTOCOLS:
+        raise ValueError(f"protocol={protocol!r} must be one of {sorted(PROTOCOLS)}")
+
+
 def evaluate(task, model, protocol: str = "published") -> dict:
     "Test scores of `model` on every fold of `task` (a name or a Task), what was chosen, what it cost: `seconds` of the clock, `cpu` seconds of the processor."
+    _check_protocol(protocol)
     task = get_task(task) if isinstance(task, str) else task
     start, cpu = time.perf_counter(), time.process_time()
     X, y, folds = rows_and_folds(task)
@@ -290,17 +338,94 @@ def _row(key, row, task, model):
 
 def _size(task):
     "Rows of a task (of one of the 121: as its description says), without reading its tables."
-    if not isinstance(task, str): return len(task.x) + (0 if task.x_test is None else len(task.x_test))
+    if not isinstance(task, str):
+        return len(task.x) + (0 if task.x_test is None else len(task.x_test))
     folder = found_tasks().get(task)
     if folder is None: return len(get_task(task).x)
-    return sum(map(int, re.findall(r"^\s*n_patrons[12]\s*=\s*(\d+)", (folder / f"{task}.txt").read_text(encoding="latin-1"), re.M)))
+    with open(folder / f"{task}.txt", encoding="latin-1") as file:
+        text = file.read(2**20)
+    return sum(map(int, re.findall(r"^\s*n_patrons[12]\s*=\s*(\d{1,18})\b", text, re.M)))
+
+
+def _by_size(tasks, max_rows):
+    "The tasks asked for, the largest first; those with more rows left out."
+    if tasks is None:
+        tasks = found_tasks()
+    tasks = [tasks] if isinstance(tasks, (str, Task)) else list(tasks)
+    for task in tasks:
+        if not isinstance(task, (str, Task)):
+            raise TypeError(f"tasks holds {task!r}; give names or Tasks")
+    sizes = sorted(((_size(task), k) for k, task in enumerate(tasks)), key=lambda pair: -pair[0])
+    return [tasks[k] for size, k in sizes if max_rows is None or size <= max_rows]
+
+
+def _jobs(tasks, models, protocol):
+    "What is to be run: (row, task, model) by a key that changes with the data and the model."
+    jobs = {}
+    for task in tasks:
+        for name, model in models.items():
+            row = {
+                "task": task if isinstance(task, str) else task.name,
+                "model": name,
+                "protocol": protocol,
+            }
+            identity = [
+                *row.values(),
+                repr(model),
+                *([] if isinstance(task, str) else [joblib.hash(task)]),
+            ]
+            jobs[hashlib.sha256(json.dumps(identity).encode()).hexdigest()] = (row, task, model)
+    return jobs
+
+
+def _follow(parent):
+    "Let this process end soon after the process `parent` has ended, however that was."
+
+    def watch():
+        try:
+            process = psutil.Process(parent)
+            while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.5)
+        finally:
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _parallel(n_jobs, most):
+    "joblib's Parallel for at most `most` jobs; its processes end with this one."
+    whole = isinstance(n_jobs, (int, np.integer)) and not isinstance(n_jobs, bool)
+    if n_jobs is not None and not (whole and n_jobs != 0 and abs(n_jobs) <= 10_000):
+        raise ValueError(
+            f"n_jobs={n_jobs!r}: must be a number of processes up to 10,000, negative to count from"
+            " all processors, or None"
+        )
+    if whole and n_jobs > 0:
+        n_jobs = min(int(n_jobs), max(most, 1))
+    ours = isinstance(
+        joblib.parallel.get_active_backend()[0],
+        (joblib.parallel.LokyBackend, joblib.parallel.MultiprocessingBackend),
+    )
+    options = {"initializer": _follow, "initargs": (os.getpid(),)} if ours else {}
+    return joblib.Parallel(n_jobs=n_jobs, return_as="generator_unordered", **options)
 
 
 def _named(models, known):
     "The models asked for, as a dict."
-    if isinstance(models, dict): return models
+    if isinstance(models, dict):
+        for name, model in models.items():
+            if not hasattr(model, "candidates"):
+                raise TypeError(
+                    f"models[{name!r}]={model!r} has no method candidates: give a Model or a"
+                    " KernelModel"
+                )
+        return models
     for name in models or ():
-        if name not in known: raise ValueError(f"unknown model {name!r}{_did_you_mean(name, known)}; known are {', '.join(known)}. Pass a dict for models of your own")
+        if name not in known:
+            raise ValueError(
+                f"unknown model {name!r}{_did_you_mean(name, known)}; known are {', '.join(known)}."
+                " Pass a dict for models of your own"
+            )
     return {name: known[name] for name in models or known}
 
 # %% ../nbs/04_tabular.ipynb #b7af0e67
@@ -316,42 +441,64 @@ def benchmark(
     progress: bool = True,        # show a progress bar
 ) -> pd.DataFrame:                # one row per task and model: accuracy, folds, chosen, seconds, cpu, n, d, classes, error
     "Run models on tasks. A model that raises is recorded as failed, with its error, and the run goes on. ValueError for unknown names."
-    if protocol not in PROTOCOLS: raise ValueError(f"protocol={protocol!r} must be one of {sorted(PROTOCOLS)}")
-    models = _named(models, PROTOCOLS[protocol][1])
-    sizes = [(_size(task), task) for task in (found_tasks() if tasks is None else [tasks] if isinstance(tasks, (str, Task)) else tasks)]
-    done = _finished(Path(out)) if out else {}
-    done = {key: row for key, row in done.items() if not (retry_failed and row["error"])}
-    jobs = {}
-    for size, task in sorted(sizes, key=lambda pair: -pair[0]):
-        if max_rows is not None and size > max_rows: continue
-        for name, model in models.items():
-            row = {"task": task if isinstance(task, str) else task.name, "model": name, "protocol": protocol}
-            identity = [*row.values(), repr(model), *([] if isinstance(task, str) else [joblib.hash(task)])]
-            jobs[hashlib.sha256(json.dumps(identity).encode()).hexdigest()] = (row, task, model)
+    _check_protocol(protocol)
+    if max_rows is not None: check_count(max_rows, "max_rows", 1, 2**63)
+    models, done = _named(models, PROTOCOLS[protocol][1]), {}
+    if out:
+        path = _check_results(out, "out")
+        done = {key: row for key, row in _finished(path).items() if not (retry_failed and row.get("error"))}
+    jobs = _jobs(_by_size(tasks, max_rows), models, protocol)
     todo = [joblib.delayed(_row)(key, *job) for key, job in jobs.items() if key not in done]
-    finished = joblib.Parallel(n_jobs=n_jobs, return_as="generator_unordered")(todo)
+    finished = _parallel(n_jobs, len(todo))(todo)
     for key, row in _bar(finished, desc=protocol, total=len(jobs), initial=len(jobs) - len(todo), disable=not progress):
-        if out: _append(Path(out), key, row)
+        if out: _append(path, key, row)
         done[key] = row
     return pd.DataFrame([done[key] for key in jobs])
 
 # %% ../nbs/04_tabular.ipynb #b387772d
+def _csv(results):
+    "The text of a benchmark's CSV file."
+    table = results.assign(
+        folds=[
+            [round(v, 6) for v in folds] if isinstance(folds, list) else None
+            for folds in results["folds"]
+        ]
+    )
+    for column in ("folds", "chosen"):
+        table[column] = [json.dumps(v) if isinstance(v, list) else "" for v in table[column]]
+    return table.sort_values(["protocol", "task", "model"]).to_csv(index=False, float_format="%.6g")
+
+
 def save_results(results: pd.DataFrame, path) -> None:
     "Write a benchmark to a CSV file, whole or not at all; lists and dicts as JSON."
-    table = results.assign(folds=[[round(v, 6) for v in folds] if isinstance(folds, list) else None for folds in results["folds"]])
-    for column in ("folds", "chosen"): table[column] = [json.dumps(v) if isinstance(v, list) else "" for v in table[column]]
-    write_atomic(Path(path), table.sort_values(["protocol", "task", "model"]).to_csv(index=False, float_format="%.6g").encode())
+    write_atomic(check_writable(path), _csv(results).encode())
 
 
 def read_results(path) -> pd.DataFrame:
     "The benchmark that `save_results` wrote, or that `benchmark(out=...)` is writing (.jsonl)."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"no results at {str(path)!r}; benchmark(out=...) and save_results write them")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no results at {str(path)!r}; benchmark(out=...) and save_results write them"
+        )
     if path.suffix == ".jsonl": return pd.DataFrame(_finished(path).values())
-    table = pd.read_csv(path, keep_default_na=False, na_values=[""])
-    missing = {"task", "model", "protocol", "accuracy"} - set(table)
-    if missing: raise UnreadableData(f"{path}: no column {', '.join(sorted(missing))}; it is not a file written by save_results")
-    for column in ("folds", "chosen"): table[column] = [json.loads(v) if isinstance(v, str) else None for v in table[column]]
+    try:
+        table = pd.read_csv(path, keep_default_na=False, na_values=[""])
+    except (ValueError, pd.errors.ParserError) as error:
+        raise UnreadableData(f"{path}: not a table of results ({error})") from None
+    missing = {"task", "model", "protocol", "accuracy", "folds", "chosen", "error"} - set(table)
+    if missing:
+        raise UnreadableData(
+            f"{path}: no column {', '.join(sorted(missing))}; it is not a file written by"
+            " save_results"
+        )
+    if table["accuracy"].dtype.kind not in "fi":
+        raise UnreadableData(f"{path}: an accuracy is no number")
+    try:
+        for column in ("folds", "chosen"):
+            table[column] = [json.loads(v) if isinstance(v, str) else None for v in table[column]]
+    except (ValueError, RecursionError) as error:
+        raise UnreadableData(f"{path}: column {column} is not JSON ({error})") from None
     return table.assign(error=table["error"].astype(object).where(table["error"].notna(), None))
 
 
@@ -373,13 +520,31 @@ def _main(argv=None) -> int:
     parser.add_argument("--out", metavar="FILE.jsonl", help="keep finished rows here and go on from them")
     parser.add_argument("--csv", metavar="FILE.csv", help="write the results here")
     parser.add_argument("--retry-failed", action="store_true", help="run failed rows of --out again")
+    with steady_output(): return _run(parser, argv)
+
+
+def _run(parser, argv):
+    "The exit code of the command; results are printed before they are saved."
     args = parser.parse_args(argv)
+    options = dict(protocol=args.protocol, max_rows=args.max_rows, n_jobs=args.jobs, out=args.out)
     try:
-        results = benchmark(args.tasks or None, args.model, protocol=args.protocol, max_rows=args.max_rows, n_jobs=args.jobs, out=args.out, retry_failed=args.retry_failed)
-    except (ValueError, FileNotFoundError) as error: parser.error(str(error))
-    if results.empty: parser.error("no tasks: set AGOP_BOOK_DATA to the folder above uci121, or name some, such as sklearn/iris")
-    if args.csv: save_results(results, args.csv)
-    print(results.reindex(columns=["task", "model", "accuracy", "seconds", "n", "d", "classes", "chosen", "error"]).to_string(index=False))
+        if args.csv:
+            check_writable(args.csv, "--csv")
+        results = benchmark(args.tasks or None, args.model, retry_failed=args.retry_failed, **options)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    if results.empty:
+        parser.error("no tasks: set AGOP_BOOK_DATA to the folder above uci121, or name some, "
+                     "such as sklearn/iris")
+    columns = ["task", "model", "accuracy", "seconds", "n", "d", "classes", "chosen", "error"]
+    print(results.reindex(columns=columns).to_string(index=False))
+    try:
+        if args.csv:
+            save_results(results, args.csv)
+    except OSError as error:
+        print(f"--csv: {error}; its content follows on the standard output", file=sys.stderr)
+        print(_csv(results))
+        return 1
     return int(results["error"].notna().any())
 
 # %% ../nbs/04_tabular.ipynb #8507861b
@@ -391,6 +556,8 @@ def accuracy_table(results: pd.DataFrame, fill: bool = False) -> pd.DataFrame:
 
     ValueError where a task and model occur twice (two protocols: select one) and where no task remains.
     """
+    missing = {"task", "model", "accuracy"} - set(results)
+    if missing: raise ValueError(f"results has no column {', '.join(sorted(missing))}; it has {', '.join(map(str, results))}")
     twice = results.duplicated(["task", "model"])
     if twice.any():
         first = results[twice].iloc[0]
@@ -422,22 +589,37 @@ def friedman(results: pd.DataFrame, fill: bool = False) -> tuple:
 
 def critical_difference(k: int, n: int, alpha: float = 0.05) -> float:
     "Nemenyi: how far apart two mean ranks among `k` models on `n` tasks must be."
-    return float(stats.studentized_range.ppf(1 - alpha, k, np.inf) / np.sqrt(2) * np.sqrt(k * (k + 1) / (6 * n)))
+    check_count(k, "k", 2)
+    check_count(n, "n")
+    if not 0 < alpha < 1: raise ValueError(f"alpha={alpha!r}: must be between 0 and 1")
+    return float(
+        stats.studentized_range.ppf(1 - alpha, k, np.inf)
+        / np.sqrt(2)
+        * np.sqrt(k * (k + 1) / (6 * n))
+    )
+
+
+_CORRECTIONS = ("bonferroni", "sidak", "holm-sidak", "holm", "simes-hochberg", "hommel", "fdr_bh", "fdr_by", "fdr_tsbh", "fdr_tsbky")
 
 
 def pairwise(results: pd.DataFrame, correction: str = "holm", fill: bool = False) -> pd.DataFrame:
     "p-values of Wilcoxon's signed-rank test for every pair of models, corrected for their number; equal tasks count half to each side."
     a = accuracy_table(results, fill)
+    if correction not in _CORRECTIONS:
+        raise ValueError(f"correction={correction!r} must be one of {', '.join(_CORRECTIONS)}")
     long = a.melt(var_name="model", value_name="accuracy")
-    return scikit_posthocs.posthoc_wilcoxon(long, val_col="accuracy", group_col="model", zero_method="zsplit", p_adjust=correction).loc[list(a), list(a)]
+    return scikit_posthocs.posthoc_wilcoxon(
+        long, val_col="accuracy", group_col="model", zero_method="zsplit", p_adjust=correction
+    ).loc[list(a), list(a)]
 
 
 def rank_diagram(results: pd.DataFrame, ax, alpha: float = 0.05, fill: bool = False):
     "Mean ranks on a line, best left; a bar joins models that Nemenyi's test cannot tell apart."
     a = accuracy_table(results, fill)
+    critical = critical_difference(a.shape[1], len(a), alpha)
     scikit_posthocs.critical_difference_diagram(a.rank(axis=1, ascending=False).mean(), scikit_posthocs.posthoc_nemenyi_friedman(a), ax=ax, alpha=alpha, label_fmt_left="{label} ({rank:.2f}) ",
                                             label_fmt_right=" ({rank:.2f}) {label}", color_palette=dict.fromkeys(a, "0.25"))
-    ax.set_title(f"mean rank over {len(a)} tasks; critical difference {critical_difference(a.shape[1], len(a), alpha):.2f}")
+    ax.set_title(f"mean rank over {len(a)} tasks; critical difference {critical:.2f}")
     return ax
 
 # %% ../nbs/04_tabular.ipynb #c57aeae1
@@ -477,6 +659,9 @@ SUITES = {334: "classification, with categories", 335: "regression, with categor
 
 def grinsztajn_task(name: str, x: pd.DataFrame, y, regression: bool, random_state: int = 0) -> Task:
     "A `Task` with the splits of Grinsztajn et al.; categories become indicator columns."
+    check_count(random_state, "random_state", 0, 2**32 - 1)
+    values = sum(1 if pd.api.types.is_numeric_dtype(x[column]) else x[column].nunique() for column in x)
+    plan(24 * len(x) * values, f"{name}: {len(x):,} rows with {values:,} columns", "Leave out categories with many values.")
     x, rng = pd.get_dummies(x, dtype=float).to_numpy(np.float64), np.random.RandomState(random_state)
     y = np.asarray(y, np.float64) if regression else np.unique(np.asarray(y).astype(str), return_inverse=True)[1]
     if not np.isfinite(x).all(): raise UnreadableData(f"{name}: a feature is missing or not finite; the suites hold complete tables")

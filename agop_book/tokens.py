@@ -373,7 +373,7 @@ def hub_language(name,                    # of a model on the hub, such as "gpt2
     model = pretrained(name, "AutoModelForCausalLM", download)
     _body(model)
     try:
-        tokens = _transformers().AutoTokenizer.from_pretrained(name, local_files_only=not download)
+        tokens = _transformers().AutoTokenizer.from_pretrained(name, local_files_only=not download, trust_remote_code=False)
         if not tokens.encode("a"): raise OSError("no vocabulary")       # transformers makes an empty one where there are no files
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"{str(name).rsplit('/')[-1]!r}: the model is on this machine, its tokenizer (tokenizer.json, or vocab.json and merges.txt) is not; pass download=True, or put it beside the model") from error

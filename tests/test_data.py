@@ -5,6 +5,8 @@ import hashlib
 import http.server
 import io
 import os
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -442,13 +444,18 @@ def pcam_files(root, part, content=b""):
     return [write(root / f"pcam/camelyonpatch_level_2_split_{part}_{xy}.h5", content) for xy in "xy"]
 
 
-def test_pcam(root, vision):
+def test_pcam(root, vision, monkeypatch):
     h5py = pytest.importorskip("h5py", reason="h5py is not installed")
     x, y = pcam_files(root, "valid")
     with h5py.File(x, "w") as file: file["x"] = pixels(3, 96, 96, 3)
     with h5py.File(y, "w") as file: file["y"] = np.array([0, 1, 1], np.uint8).reshape(3, 1, 1, 1)
     d = load("pcam", split="val", n=2)
     assert d.x.shape == (2, 3, 96, 96) and set(d.y) <= {0, 1}
+    with h5py.File(y, "w") as file: file["y"] = np.zeros((4, 1, 1, 1), np.uint8)
+    with pytest.raises(UnreadableData, match="valid_x.h5.*expected bytes of shape .4, height"): load("pcam", split="val")
+    with h5py.File(x, "w") as file: file.create_dataset("x", (4, 96, 96, 3), np.uint8, maxshape=(None, 96, 96, 3), chunks=(2**17, 96, 96, 3), compression="gzip")
+    monkeypatch.setattr("agop_book.memory.free_memory", lambda device="cpu": 2**31)
+    with pytest.raises(MemoryError, match="one block of .*valid_x.h5"): load("pcam", split="val")
 
 
 def test_pcam_without_h5py(root, monkeypatch):
@@ -591,6 +598,206 @@ def test_missing_file_of_a_task_is_named(root, file):
 def test_incomplete_task_is_reported_missing(root):
     (task_files(root) / "conxuntos.dat").unlink()
     with pytest.raises(DataNotFound, match="no uci121/toy/conxuntos.dat"): load("uci121/toy")
+
+
+# --- nonsense, bombs and paths --------------------------------------------------------------------------------------------------------------
+
+def bomb(head):
+    "A gzip of `head` and then half a gigabyte of zeros."
+    stream, zeros = io.BytesIO(), bytes(2**24)
+    with gzip.GzipFile(fileobj=stream, mode="wb", compresslevel=1) as file:
+        file.write(head)
+        for _ in range(32): file.write(zeros)
+    return stream.getvalue()
+
+
+def capped(code, *args, gigabytes=0.4):
+    "Run `code` in a process that may take so much address space beyond what its imports took."
+    pytest.importorskip("resource", reason="no limits of memory here")
+    start = ("import sys, torch, numpy, agop_book.memory, resource, psutil\nfrom agop_book import data\nfrom agop_book.data import *\n"
+             f"top = psutil.Process().memory_info().vms + int({gigabytes} * 2**30)\nresource.setrlimit(resource.RLIMIT_AS, (top, top))\n")
+    done = subprocess.run([sys.executable, "-c", start + code, *map(str, args)], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+SHOW_ERROR = "try: print(len({}))\nexcept (UnreadableData, MemoryError) as error: print(type(error).__name__, error)\n"
+
+
+def test_gzip_bombs_unpack_only_what_their_headers_promise(root):
+    for name, promise in (("small", 28), ("large", 2**31)):
+        head = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in (128, promise, 28))
+        write(root / f"{name}.gz", bomb(head))
+    small, large = capped("".join(SHOW_ERROR.format(f"read_idx({str(root / name)!r})") for name in ("small.gz", "large.gz")), gigabytes=0.4).splitlines()
+    assert small == f"UnreadableData {root / 'small.gz'}: its header promises 100,368 bytes for shape (128, 28, 28), the file has more: get it again"
+    assert large.startswith(f"UnreadableData {root / 'large.gz'}: its header promises 7,696,581,394,448 bytes") and "at most" in large
+
+
+def test_idx_with_a_short_file_and_a_long_promise(root):
+    path = write(root / "a-idx1-ubyte", bytes([0, 0, 8, 4]) + b"\xff" * 16)
+    with pytest.raises(UnreadableData, match="a-idx1-ubyte.*promises"): read_idx(path)
+    with pytest.raises(UnreadableData, match="a-idx1-ubyte.*not an idx"): read_idx(write(path, bytes([0, 0, 8, 4, 0])))
+    assert read_idx(write(path, idx(np.zeros((0, 3))))).shape == (0, 3)
+
+
+def test_npz_bomb_and_npz_that_lies(root, monkeypatch):
+    import zipfile
+    path = root / "cifar10_jpeg/train.npz"
+    path.parent.mkdir()
+    def pack(n, blocks):
+        "An archive whose images are `blocks` times 16 MB of zeros."
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
+            with file.open("x.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": (n, 32, 32, 3)})
+                for _ in range(blocks): member.write(bytes(2**24))
+            with file.open("y.npy", "w") as member: np.lib.format.write_array(member, np.zeros(n, np.int64))
+    pack(5, 32)                                                    # half a gigabyte behind five images
+    assert capped(SHOW_ERROR.format("load('cifar10_jpeg')"), gigabytes=0.4).strip() == "5"
+    pack(2**16, 12)                                                # 201 MB, as promised
+    monkeypatch.setattr("agop_book.memory.free_memory", lambda device="cpu": 2**27)
+    with pytest.raises(MemoryError, match="unpacking the .* bytes that .*train.npz promises.*n="): load("cifar10_jpeg")
+    pack(2**16, 1)
+    with pytest.raises(UnreadableData, match="train.npz.*header of x promises"): load("cifar10_jpeg")
+
+
+def test_matlab_bomb(root):
+    import struct
+    import zlib
+    def variable(name, array, inflate=0):
+        def element(kind, raw): return struct.pack("<II", kind, len(raw)) + raw + bytes(-len(raw) % 8)
+        body = element(6, struct.pack("<II", 9, 0)) + element(5, struct.pack(f"<{array.ndim}i", *array.shape)) + element(1, name.encode()) + element(2, array.tobytes("F"))
+        packed = zlib.compress(struct.pack("<II", 14, len(body)) + body + bytes(inflate), 1)
+        return struct.pack("<II", 15, len(packed)) + packed
+    head, x, y = b"MATLAB 5.0 MAT-file".ljust(124) + b"\0\1IM", pixels(32, 32, 3, 4), np.array([[1], [2], [3], [10]], np.uint8)
+    path = root / "train_32x32.mat"
+    write(path, head + variable("X", x) + variable("y", y))
+    d = load("svhn")
+    assert d.y.tolist() == [1, 2, 3, 0] and np.allclose(d.x * 255, x.transpose(3, 2, 0, 1), atol=1e-4)
+    write(path, head + variable("X", x, 2**26) + variable("y", y))
+    with pytest.raises(UnreadableData, match="train_32x32.mat.*promises 12,[0-9]{3} bytes and unpacks to more"): load("svhn")
+    write(path, (head + variable("X", x) + variable("y", y))[:-20])
+    with pytest.raises(UnreadableData, match="train_32x32.mat"): load("svhn")
+
+
+@pytest.mark.parametrize("labels, words", [([200] * 6, "label 200 of sample 0"), ([0, 1, 2, 3, 4, 10], "label 10 of sample 5"), (np.arange(7), r"labels of shape \(7,\)|does not match")])
+def test_idx_labels_that_are_no_classes(root, labels, words):
+    digits_files(root / "mnist", 6)
+    write(root / "mnist/train-labels-idx1-ubyte", idx(labels))
+    with pytest.raises(UnreadableData, match=words) as error: load("mnist")
+    assert "-idx" in str(error.value)
+
+
+def test_idx_labels_below_the_first_class(root):
+    write(root / "qmnist/qmnist-train-images-idx3-ubyte", idx(pixels(3, 28, 28)))
+    path = write(root / "qmnist/qmnist-train-labels-idx2-int", idx(np.array([[5] * 8, [-5] * 8, [3] * 8]), 12))
+    with pytest.raises(UnreadableData, match="label -5 of sample 1") as error: load("qmnist")
+    assert str(path) in str(error.value)
+    for kind, content in (("images-idx3", pixels(2, 28, 28)), ("labels-idx1", [0, 1])): write(root / f"EMNIST/raw/emnist-letters-train-{kind}-ubyte", idx(content))
+    with pytest.raises(UnreadableData, match="label 0 of sample 0.*1 .. 26"): load("emnist/letters")
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(y=np.arange(5) + 200), "label 200"), (dict(y=np.array([0, 1, 2, 3, -5])), "label -5 of sample 4"), (dict(y=np.array([2**40] * 5)), "label 1099511627776"),
+    (dict(y=np.array([2**63 + 5] * 5, np.uint64)), "label 9223372036854775813"), (dict(y=np.array([0, 1, np.nan, 2, 3])), "label nan of sample 2"),
+    (dict(y=np.array([0, 1, 1.5, 2, 3])), "label 1.5"), (dict(y=np.arange(6)), r"labels of shape \(6,\) for 5 samples"), (dict(y=np.zeros((5, 2), int)), r"labels of shape \(5, 2\)"),
+    (dict(y=np.array(list("abcde"))), "no numbers"), (dict(x=rng.rand(5, 32, 32, 3)), "type float64, expected bytes"), (dict(x=pixels(5, 3, 32, 32)), r"expected bytes of shape \(n, height, width, 3\)"),
+    (dict(x=pixels(0, 32, 32, 3), y=np.arange(0)), "images of shape"), (dict(x=pixels(5, 3072)), r"images of shape \(5, 3072\)")])
+def test_npz_nonsense_names_the_file(root, change, words):
+    path = npz(root / "cifar10_jpeg/train.npz", **{**dict(x=pixels(5, 32, 32, 3), y=np.arange(5)), **change})
+    with pytest.raises(UnreadableData, match=words) as error: load("cifar10_jpeg", "digits")
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("change, words", [(dict(labels=[1, 2, 3, 1001]), "label 1001"), (dict(labels=[0, 1, 2, 3]), "label 0 of sample 0"), (dict(labels=[1, 2, 3]), "labels of shape"),
+                                           (dict(data=pixels(4, 3072) / 255), "expected bytes of shape"), (dict(data=pixels(4, 768)), "expected bytes of shape")])
+def test_imagenet32_nonsense_names_the_batch(root, change, words):
+    npz(root / "imagenet32/train_data_batch_1.npz", data=pixels(4, 3072), labels=np.arange(1, 5))
+    path = npz(root / "imagenet32/train_data_batch_2.npz", **{**dict(data=pixels(4, 3072), labels=np.arange(1, 5)), **change})
+    with pytest.raises(UnreadableData, match=words) as error: load("imagenet32")
+    assert str(path) in str(error.value)
+
+
+def test_texts_that_are_no_texts(root):
+    story = b"Once.\n<|endoftext|>\nTwice.\n<|endoftext|>\n"
+    path = root / "tinystories/tinystories_sample.txt"
+    for content, words in ((gzip.compress(story), "no sample"), (story.replace(b"T", b"\0"), "zero bytes"), (b"no mark at all", "no sample"), (story.decode().encode("utf-16"), "no sample|not a text")):
+        write(path, content)
+        with pytest.raises(UnreadableData, match=words) as error: load("tinystories", split="all")
+        assert str(path) in str(error.value)
+    write(root / "names/French.txt", "Abel\n")
+    for content, words in ((b"\n \n", "no name"), (b"\xff\xfe", "UTF-8"), (b"A\0b", "zero bytes")):
+        path = write(root / "names/Greek.txt", content)
+        with pytest.raises(UnreadableData, match=words) as error: load("names")
+        assert str(path) in str(error.value)
+    write(root / "names/Greek.txt", "Adamou\n")
+    assert len(load("names", split="all")) == 2
+
+
+def test_a_set_too_small_to_split_is_said(root):
+    write(root / "names/French.txt", "Abel\n")
+    with pytest.raises(UnreadableData, match="French.txt.*no sample for split='train' among the 1"): load("names")
+
+
+@pytest.mark.parametrize("x, y, classes, words", [
+    (rng.rand(4, 8, 8, 3), np.arange(4), None, r"images of shape \(4, 8, 8, 3\)"), (rng.rand(4, 3, 8, 8) * 255, None, None, "outside"), (rng.rand(4, 3, 8, 8) * np.nan, None, None, "outside"),
+    (pixels(4, 8, 8), np.arange(5), list("abcde"), "5 labels for 4"), (pixels(4, 8, 8), np.arange(4), list("abc"), "label 3 of sample 3"), (pixels(4, 8, 8), np.full((4, 2), 2), list("ab"), "not 0 or 1"),
+    (pixels(0, 8, 8), None, None, "no sample"), (pixels(4, 8, 8), np.array([0, np.inf, 1, 2]), None, "label inf"), (pixels(4, 8, 8, 2), None, None, "images of shape")])
+def test_whatever_a_reader_returns_is_checked(monkeypatch, x, y, classes, words):
+    monkeypatch.setitem(SETS, "mine", data.Row("mine", "image", lambda request: (x, y, classes, None), {"train": None}))
+    with pytest.raises(UnreadableData, match=words): load("mine")
+
+
+def test_table_with_a_value_that_is_not_finite(monkeypatch):
+    monkeypatch.setitem(SETS, "mine", data.Row("mine", "table", lambda request: (np.array([[1.0], [np.nan]]), np.array([0.5, 1]), None, None), {"train": None}))
+    with pytest.raises(UnreadableData, match="mine.*not finite"): load("mine")
+
+
+def test_image_bombs_are_named(root):
+    import struct
+    import zlib
+    def chunk(kind, raw): return struct.pack(">I", len(raw)) + kind + raw + struct.pack(">I", zlib.crc32(kind + raw))
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0))
+    path = write(root / "imagenet/train/a/1.png", b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b""))
+    with pytest.raises(UnreadableData, match="not a readable image.*decompression bomb") as error: load("imagenet")
+    assert str(path) in str(error.value)
+
+
+def test_size_asks_for_memory_first(root):
+    picture(root / "photos/a.jpg")
+    for name in ("photos", "digits"):
+        with pytest.raises(MemoryError, match=f"{name}.*10,000,000 x 10,000,000.*size="): load(name, size=10**7)
+    with pytest.raises(MemoryError, match="features.*smaller n"): low_rank(d=2**40)
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: load("digits", n=5, random_state=-1), "random_state=-1"), (lambda: load("digits").subset(3, random_state="a"), "random_state='a'"), (lambda: load("digits").subset(2**63), "n=9,223"),
+    (lambda: load("digits").subset(True), "n=True"), (lambda: low_rank(n=2**63), "n=9223372036854775808"), (lambda: low_rank(random_state=2**32), "random_state=4294967296"),
+    (lambda: load("uci121/.."), "unknown set"), (lambda: load("uci121/."), "unknown set")])
+def test_hostile_counts_name_the_argument(call, words):
+    with pytest.raises(ValueError, match=words): call()
+
+
+@pytest.mark.parametrize("file, old, new, words", [
+    ("toy.txt", "n_clases= 2", "n_clases= 1200000000", "toy.txt, line 1: n_clases= 1200000000, but no row is of class 2"), ("toy.txt", "n_clases= 2", "n_clases= " + "9" * 5000, "toy.txt, line 1: no integer n_clases"),
+    ("toy.txt", "n_clases= 2", "n_clases= 2\u00b2", "no integer n_clases"), ("toy.txt", "n_clases= 2", "n_clases= 0", "class"),
+    ("toy.txt", "n_entradas= 2", "n_entradas= 400000000000", "train_R.dat, line 2: 4 columns, expected 400000000002"), ("toy.txt", "n_patrons1= 8", "n_patrons1= 400000000000", "train_R.dat, line 9: the file ends after 8 rows"),
+    ("toy.txt", "n_patrons1= 8", "n_patrons1= 7", "train_R.dat, line 9: more than the 7 rows"), ("toy.txt", "n_arquivos= 1", "n_arquivos= 1000000000", "toy.txt, line 1: n_arquivos= 1000000000"), ("toy.txt", "n_arquivos= 1", "n_arquivos= 0", "n_arquivos= 0"),
+    ("conxuntos.dat", "0 1", "0 " + "1" * 5000, "conxuntos.dat, line 1"), ("conxuntos.dat", "0 1", "0 \u00b2", "conxuntos.dat, line 1")])
+def test_counts_of_a_task_that_no_file_can_hold(root, file, old, new, words):
+    folder = task_files(root)
+    text = (folder / file).read_text()
+    assert old in text
+    (folder / file).write_text(text.replace(old, new, 1), encoding="latin-1")
+    with pytest.raises(UnreadableData, match=words): read_task(folder)
+
+
+@pytest.mark.parametrize("name", ["../../secret", "../secret.dat", "/etc/passwd", "sub/x.dat", "..\\secret.dat", "..", "../toy/toy_train_R.dat"])
+def test_a_task_reads_nothing_outside_its_folder(root, name):
+    folder = task_files(root)
+    for place in (root / "secret", root / "uci121/secret.dat", folder / "sub/x.dat", root / "uci121/toy/..\\secret.dat"): write(place, (folder / "toy_train_R.dat").read_bytes())
+    (folder / "toy.txt").write_text((folder / "toy.txt").read_text().replace("toy_train_R.dat", name))
+    with pytest.raises(UnreadableData, match="toy.txt, line 1: fich1= .* is not the name of a table beside it"): read_task(folder)
 
 
 # --- the real sets ----------------------------------------------------------------------------------------------------------------------------

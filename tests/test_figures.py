@@ -319,3 +319,163 @@ def test_gallery(fresh, monkeypatch):
     text = "".join(o.data for o in shown if isinstance(o, display.Markdown))
     assert "### pipe" in text and "a\\|b / c | 1" in text and "says \\| nothing" in text and "seconds: 2" in text
     assert any(isinstance(o, display.Image) for o in shown)
+
+
+# --- hostile input
+
+HOSTILE = ["<script>planted()</script>", "<img src=x onerror=planted()>", "[a](javascript:planted())", "[b](<javascript:planted()>)", "[c](java&#115;cript&colon;planted())",
+           "[d]\n\n[d]: JaVaScRiPt:planted()\n", "[e]( data:text/html,planted() )", "<javascript:planted()>", "[f](vbscript:planted())", "x <svg/onload=planted()>", "[g](\\javascript:planted())",
+           "```{raw} html\n<script>planted()</script>\n```", "`a`{=html}", "{raw}`planted()`", "$\\href{javascript:planted()}{x}$", "$\\\\href{javascript:planted()}{x}$", "<!-- planted() -->", "<?planted()?>", "<{script}`>planted()"]
+
+
+def rendered(text):
+    "HTML of Markdown by a renderer that passes raw HTML and every link through."
+    from nbconvert.filters.markdown_mistune import markdown2html_mistune
+    return markdown2html_mistune(text)
+
+
+def active(page):
+    "What a browser would run in a page."
+    from html.parser import HTMLParser
+    found = []
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            if tag in ("script", "img", "svg", "iframe", "style"): found.append(tag)
+            found.extend(f"{tag} {k}={v}" for k, v in attrs if k.startswith("on") or (v or "").strip().lower().startswith(("javascript:", "data:", "vbscript:")))
+        def handle_comment(self, text): found.append("comment")
+        def handle_pi(self, text): found.append("instruction")
+    Reader().feed(page)
+    return found
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_stored_markdown_cannot_run(text):
+    page = rendered(F.safe_markdown(text))
+    assert active(page) == [] and "\\href" not in page and "{raw}" not in page and "`{" not in F.safe_markdown(text)
+
+
+def test_the_attacks_are_attacks():
+    assert sum(bool(active(rendered(text))) for text in HOSTILE) >= 7
+
+
+@given(st.text(alphabet="<>`~:{}[]()\\ \n\tajsJ&;#!/?=o-.", max_size=40))
+def test_no_text_becomes_a_tag(text):
+    assert not any(tag in rendered(F.safe_markdown(text)) for tag in ("<a>", "<j", "<s>", "<aj", "<!--", "<?", "<script"))
+
+
+def test_harmless_markdown_stays():
+    text = "**Bold**, *soft*, `x[0]`, $a < b$, [paper](https://doi.org/10.1126/x_(y)), [chapter](02_agop.ipynb#the-agop), ![p](figs/a.png), <https://a> 1 < 2 > 0\n\n| a | b |\n|---|---|\n| 1 | 2 |"
+    assert F.safe_markdown(text) == text.replace("<https", "< https") and rendered(F.safe_markdown(text)).count("<a ") == 3
+
+
+def test_gallery_shows_a_hostile_record_harmlessly(monkeypatch):
+    bad = "<script>planted()</script> [x](javascript:planted())"
+    save("evil", caption=f"**Bold** {bad}", data=bad, measured={bad: bad, "deep": {bad: [bad]}}, paper={bad: bad}, seed=bad)
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda *parts: shown.extend(parts))
+    F.gallery()
+    texts = [part.data for part in shown if hasattr(part, "_repr_markdown_")]
+    assert len(texts) == 2 and "### evil" in texts[0] and "<strong>Bold</strong>" in rendered(texts[1])
+    assert [active(rendered(text)) for text in texts] == [[], []]
+
+
+def edited(folder, **changes):
+    save("a-b")
+    path = folder / "a-b.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return path
+
+
+@pytest.mark.parametrize("changes", [dict(versions=[]), dict(measured=[1]), dict(measured="x"), dict(paper=[1]), dict(caption=None), dict(caption={"a": 1}), dict(data=3), dict(scale="huge"), dict(scale=[]),
+                                     dict(device=None), dict(seconds="long"), dict(seconds=[1]), dict(id="other"), dict(id=["a-b"]), dict(caption="x" * 5_000_000)])
+def test_records_that_are_not_whole_are_named_and_left_out(changes, fresh):
+    save("whole")
+    path = edited(fresh, **changes)
+    with pytest.warns(UserWarning, match="a-b.json is left out"): found = F.records(fresh)
+    assert list(found.id) == ["whole"] and F.gallery(fresh) is None
+    with pytest.warns(UserWarning): assert F.read_record(path) is None
+
+
+@pytest.mark.parametrize("depth", [30, 900, 100_000])
+def test_deeply_nested_records_are_left_out(depth, fresh):
+    path = edited(fresh, measured={"x": "HERE"})
+    path.write_text(path.read_text().replace('"HERE"', "[" * depth + "]" * depth))
+    with pytest.warns(UserWarning, match="a-b.json.*nested too deeply"): assert F.records(fresh).empty
+
+
+def test_a_picture_that_is_none(fresh):
+    save()
+    (fresh / "a-b.png").write_bytes(b"<svg onload=planted()>")
+    with pytest.warns(UserWarning, match="a-b.json.*no PNG"): assert F.records(fresh).empty
+
+
+def test_records_of_the_book_raise_no_warning():
+    import warnings
+    folder = F._stored()
+    if folder is None: pytest.skip("no stored records yet")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(F.records(folder)) == len(list(folder.glob("*.json")))
+
+
+def test_results_files_of_others_are_passed_over(fresh, counted):
+    path = fresh / "results/s-quick.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text("\n".join(["[" * 100_000, '{"key": [], "row": {}}', '{"key": "a", "row": 3}', '{"key": "a", "row": {}, "time": "now"}', "3", "null"]) + "\n")
+    assert list(F.sweep("s", square, [{"x": 2}], progress=False).value) == [4]
+
+
+@pytest.mark.parametrize("call, error, words", [
+    (lambda f: F.sweep("x" * 300, f, []), ValueError, "name="), (lambda f: F.sweep("../x", f, []), ValueError, "name="), (lambda f: F.sweep("s", 3, []), TypeError, "fn=3"),
+    (lambda f: F.sweep("s", f, [3]), TypeError, "grid holds 3"), (lambda f: F.sweep("s", f, 3), TypeError, "grid must be"), (lambda f: F.sweep("s", f, [], version=f), TypeError, "version="),
+    (lambda f: F.show_images(np.ones((2, 3, 3)), ncols=0), ValueError, "ncols=0"), (lambda f: F.show_images(np.ones((2, 3, 3)), ncols=-1), ValueError, "ncols=-1"),
+    (lambda f: F.show_images(np.ones((2, 3, 3)), ncols=2**63), ValueError, "ncols=9223"), (lambda f: F.show_images(np.ones((2, 3, 3)), size=-1), ValueError, "size=-1"),
+    (lambda f: F.show_images(np.ones((2, 3, 3)), size=float("nan")), ValueError, "size=nan"), (lambda f: F.show_matrix(np.ones((2, 2)), size=1e9), ValueError, "size=1"),
+    (lambda f: F.show_images(np.ones((2, 4)), shape=(-2, -2)), ValueError, "shape=-2"), (lambda f: save("x" * 300), ValueError, "id=")])
+def test_hostile_arguments_are_named(call, error, words, counted):
+    with pytest.raises(error, match=words): call(counted)
+
+
+# --- full disks
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    "Forcing anything to disk fails from now on."
+    def full(descriptor): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+
+
+def test_a_full_disk_loses_no_result(fresh, counted, full_disk):
+    with pytest.warns(UserWarning, match="s-quick.jsonl cannot be written.*No space"): table = F.sweep("s", counted, [{"x": 2}, {"x": 3}], progress=False)
+    assert list(table.value) == [4, 9] and (fresh / "results/s-quick.jsonl").read_bytes() == b""           # nothing torn
+
+
+def test_an_unwritable_folder_is_found_before_the_work(fresh, counted):
+    fresh.mkdir()
+    (fresh / "results").write_text("a file")
+    with pytest.raises(OSError): F.sweep("s", counted, [{"x": 2}], progress=False)
+    assert counted.calls == 0
+    fig = plt.figure()
+    fig.savefig = lambda *a, **k: pytest.fail("drawn before the folder was looked at")
+    os.environ["AGOP_BOOK_OUT"] = str(fresh / "results/below")                                               # restored by the fixture
+    with pytest.raises(PermissionError, match="AGOP_BOOK_OUT"): F.record("a", fig, measured={}, paper=None, data="", caption="")
+
+
+def test_folders_can_be_looked_at_by_many_threads(fresh):
+    from concurrent.futures import ThreadPoolExecutor
+    with ThreadPoolExecutor(8) as pool: assert len(list(pool.map(lambda k: F.out_dir(), range(400)))) == 400
+    assert not list(fresh.iterdir())
+
+
+# --- output
+
+def test_output_survives_encodings_and_readers_that_leave(tmp_path):
+    import io
+    import sys
+    raw = io.BytesIO()
+    outer, sys.stdout = sys.stdout, io.TextIOWrapper(raw, "ascii")
+    try:
+        with F.steady_output(): print("Fernández 数")
+        sys.stdout.flush()
+        assert raw.getvalue() == b"Fern\\xe1ndez \\u6570\n" and sys.stdout.errors == "strict"
+    finally: sys.stdout = outer

@@ -183,3 +183,103 @@ def test_configurations_read_alike_in_every_session(out):
     about = json.loads(mlps.safe_open(out / "a-quick.safetensors", "pt").metadata()["about"])
     assert about["module__dtype"] == ["a", "b"] and about["optimizer"] == "Adam" and about["callbacks"][0][0] == "LRScheduler"
     assert not any(key.startswith("_") for key in about) and not {"device", "verbose"} & about.keys() and " at 0x" not in str(about)
+
+
+# --- damage, full disks, hostile values
+
+def flipped(path, byte, bit=0):
+    raw = bytearray(path.read_bytes())
+    raw[byte] ^= 1 << bit
+    path.write_bytes(raw)
+
+
+def test_no_flipped_bit_in_stored_weights_is_used(epochs, out):
+    first = trained("a", net(max_epochs=2), X, Y)
+    path = out / "a-quick.safetensors"
+    whole, rng = path.read_bytes(), np.random.RandomState(0)
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for byte in [*rng.choice(header, 25, replace=False), *rng.choice(np.arange(header, len(whole)), 25, replace=False)]:
+        path.write_bytes(whole)
+        flipped(path, byte, rng.randint(8))
+        epochs.clear()
+        with pytest.warns(UserWarning, match="a-quick.safetensors.*training anew"): again = trained("a", net(max_epochs=2), X, Y)
+        assert epochs == [1, 2] and equal(first.module, again.module)
+
+
+def test_no_flipped_bit_in_a_checkpoint_is_used(epochs, out):
+    epochs.killed_after = 3
+    with pytest.raises(ConnectionError): trained("a", net(max_epochs=4), X, Y)
+    path, epochs.killed_after = out / "a-quick.part", None
+    whole = path.read_bytes()
+    for byte in np.random.RandomState(1).choice(len(whole), 12, replace=False):
+        path.write_bytes(whole)
+        flipped(path, byte, 5)
+        (out / "a-quick.safetensors").unlink(missing_ok=True)
+        epochs.clear()
+        with pytest.warns(UserWarning, match="a-quick.part is refused"): trained("a", net(max_epochs=4), X, Y)
+        assert epochs == [1, 2, 3, 4]
+
+
+def test_weights_of_before_the_checksum_stay_valid(epochs, out):
+    first = trained("a", net(max_epochs=2), X, Y)
+    path = out / "a-quick.safetensors"
+    with mlps.safe_open(path, "pt") as file: meta = file.metadata()
+    del meta["sha256"]
+    mlps.save_model(first.module, str(path), meta)
+    epochs.clear()
+    assert equal(first.module, trained("a", net(max_epochs=2), X, Y).module) and epochs == []
+
+
+def test_the_table_names_every_file_that_travels_with_the_book():
+    import hashlib
+    from pathlib import Path
+    folder = Path(mlps.agop_book.__file__).parents[1] / "nbs/weights"
+    if not folder.is_dir(): pytest.skip("no stored weights beside the package")
+    table = json.loads((folder / "sha256.json").read_text())
+    found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
+    assert table == found, "nbs/weights/sha256.json must hold the SHA-256 of every file of weights, as `sha256sum` prints it"
+
+
+def test_a_damaged_file_that_travels_with_the_book_is_refused_by_name(epochs, out, tmp_path, monkeypatch):
+    import hashlib
+    first = trained("a", net(max_epochs=2), X, Y)
+    home = tmp_path / "home/agop_book"
+    (home / "nbs/weights").mkdir(parents=True)
+    monkeypatch.setattr(mlps.agop_book, "__file__", str(home / "__init__.py"))
+    path = home / "nbs/weights/a-quick.safetensors"
+    with mlps.safe_open(out / "a-quick.safetensors", "pt") as file: meta = file.metadata()
+    del meta["sha256"]                                                       # as the files that travel were written
+    mlps.save_model(first.module, str(path), meta)
+    (home / "nbs/weights/sha256.json").write_text(json.dumps({path.name: hashlib.sha256(path.read_bytes()).hexdigest()}))
+    (out / "a-quick.safetensors").unlink()
+    epochs.clear()
+    assert equal(first.module, trained("a", net(max_epochs=2), X, Y).module) and epochs == []
+    flipped(path, -3)
+    with pytest.warns(UserWarning, match="home/agop_book/nbs/weights/a-quick.safetensors is refused: its checksum"): again = trained("a", net(max_epochs=2), X, Y)
+    assert equal(first.module, again.module) and epochs == [1, 2]
+
+
+def test_a_full_disk_loses_no_training(epochs, out, monkeypatch):
+    whole = trained("whole", net(max_epochs=3), X, Y)
+    def full(descriptor): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(mlps.os, "fsync", full)
+    with pytest.warns(UserWarning) as said: kept = trained("a", net(max_epochs=3), X, Y)
+    texts = [str(w.message) for w in said]
+    assert any("in memory only" in t for t in texts) and any("training goes on without" in t for t in texts) and not list(out.glob("*a-quick*"))
+    assert all(torch.allclose(p, q, atol=2e-3) for p, q in zip(kept.module.state_dict().values(), whole.module.state_dict().values())) and len(kept.history) == 3
+    assert {p.dtype for p in kept.module.parameters()} == {torch.float32}
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_training(epochs, out, monkeypatch):
+    def closed(path, name="path"): raise PermissionError(f"{name}: cannot be written")
+    monkeypatch.setattr(mlps, "check_writable", closed)
+    with pytest.raises(PermissionError, match="AGOP_BOOK_OUT"): trained("a", net(), X, Y)
+    assert epochs == []
+
+
+@pytest.mark.parametrize("call, error, words", [
+    (lambda: trained("a", net(), X, Y, random_state=-1), ValueError, "random_state=-1"), (lambda: trained("a", net(), X, Y, random_state=2**63), ValueError, "random_state=9223"), (lambda: trained("a" * 200, net(), X, Y), ValueError, "name="),
+    (lambda: MLP(0), ValueError, "d_in=0"), (lambda: MLP(3, depth=-1), ValueError, "depth=-1"), (lambda: MLP(3, width=2**63), ValueError, "width=9223372036854775808"), (lambda: MLP(3, d_out=1.5), ValueError, "d_out=1.5"),
+    (lambda: MLP(3, init_scale=float("nan")), ValueError, "init_scale=nan"), (lambda: MLP(3, width=2_000_000), MemoryError, "weights.*smaller width"), (lambda: MLP(3, width=1, depth=2**31), MemoryError, "smaller width or depth")])
+def test_hostile_arguments_are_named(call, error, words):
+    with pytest.raises(error, match=words): call()

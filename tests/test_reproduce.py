@@ -357,3 +357,94 @@ def test_records_of_the_book_are_whole():
     assert len(found) == len(list(folder.glob("*.json")))
     made = {id for c in R.chapters() for id in c.figures}
     assert set(found.id) <= made
+
+
+# --- hostile records, terminals, disks
+
+def test_foreign_records_do_not_end_the_report(book, out):
+    chapter(book, "01_a", "# A", IMPORTS, fig("a-1"))
+    assert run(book, out)[0] == 0
+    good = json.loads((out / "a-1.json").read_text())
+    changes = dict(versions=[], scale="huge", measured=3, caption=["<script>"], nested={}, seconds={}, device=None)
+    for k, (name, value) in enumerate(changes.items()):
+        shutil.copy2(out / "a-1.png", out / f"x-{k}.png")
+        text = json.dumps({**good, "id": f"x-{k}", name: value})
+        (out / f"x-{k}.json").write_text(text if name != "nested" else text.replace('"measured": {', '"measured": {"deep": ' + "[" * 50_000 + "]" * 50_000 + ", "))
+    (out / "chapters/99_x.ipynb").write_text("[" * 100_000)
+    with pytest.warns(UserWarning, match="x-0.json is left out"): page = R.write_report(out, R.chapters(book)).read_text()
+    assert 'id="a-1"' in page and "1 figure," in page and 'id="x-' not in page and "finished" in page
+    for stamp in ([], {"complete": True}, {"scale": 3}, {"scale": "quick", "without": 5}, "x", None):
+        (out / "chapters/01_a.ipynb").write_text(json.dumps({"metadata": {"agop_book": stamp}}))
+        with pytest.warns(UserWarning): assert "not run" in R.write_report(out, R.chapters(book)).read_text()
+        assert list(R.listing(out, book).state) == ["finished (quick)"]
+    (out / "chapters/01_a.ipynb").write_text("[" * 100_000)
+    assert list(R.listing(out, book).figure) == ["a-1"]
+
+
+def test_a_hostile_record_runs_nothing_in_the_report(book, out):
+    from html.parser import HTMLParser
+    bad = '"><script>planted()</script><img src=x onerror="planted()"> [x](javascript:planted())'
+    chapter(book, "01_a", f"# {bad}", IMPORTS, fig("a-1"), f"raise ValueError({bad!r})")
+    assert run(book, out)[0] == 1
+    good = json.loads((out / "a-1.json").read_text())
+    (out / "a-1.json").write_text(json.dumps({**good, "caption": f"**Bold** `{bad}` ${bad}$ {bad}", "data": bad, "device": bad, "seed": bad, "versions": {bad: bad}, "measured": {bad: [bad, {bad: bad}]}, "paper": bad}))
+    found = []
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            values = " ".join(f"{k}={v}" for k, v in attrs)
+            if tag in ("script", "svg", "iframe") or "planted" in values.replace("planted()</", "") or (tag == "img" and not dict(attrs)["src"].startswith("data:image/png")): found.append((tag, values[:80]))
+    page = R.write_report(out, R.chapters(book), [R.Failure(bad, 1, bad, bad)]).read_text()
+    Reader().feed(page)
+    assert found == [] and "<strong>Bold</strong>" in page and "&lt;script&gt;" in page
+
+
+def command(argv, redirect="", **environment):
+    "Exit status of the command, of a shell line `command | redirect`, and what came out."
+    line = f"{sys.executable} -c 'import sys; from agop_book.reproduce import main; sys.exit(main(sys.argv[1:]))' {argv} {redirect}"
+    done = subprocess.run(["bash", "-c", f"{line}; echo status ${{PIPESTATUS[0]}} >&2"], capture_output=True, timeout=120, env={**os.environ, "PYTHONPATH": str(Path(agop_book.__file__).parents[1]), **environment})
+    err = done.stderr.decode("latin-1")
+    return int(re.search(r"status (\d+)", err)[1]), done.stdout, err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1251", "cp932"])
+def test_the_command_in_any_encoding(encoding):
+    code, text, err = command("data", PYTHONIOENCODING=encoding)
+    assert code == 0 and b"Fern" in text and "Traceback" not in err and "Error" not in err
+
+
+@pytest.mark.parametrize("argv", ["data", "--help"])
+def test_a_reader_that_leaves(argv):
+    code, _, err = command(argv, "2>&1 | true")
+    assert code == 0 and err == "status 0\n"
+
+
+def test_a_run_whose_reader_leaves_goes_on(book, out):
+    chapter(book, "01_a", "# A", IMPORTS, fig("a-1"))
+    chapter(book, "02_b", "# B", IMPORTS, fig("b-1"))
+    code = f"import sys; from agop_book.reproduce import main; sys.exit(main(['reproduce', '--out', {str(out)!r}], {str(book)!r}))"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=write, timeout=120)
+    os.close(write)
+    assert done.returncode == 0 and {p.stem for p in out.glob("*.json")} == {"a-1", "b-1"}
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_full_disk_is_said(book, out, monkeypatch):
+    code, _, err = command("data", "> /dev/full")
+    assert code == 1 and "agop-book: [Errno 28]" in err and "Traceback" not in err
+    chapter(book, "01_a", "# A", IMPORTS, fig("a-1"))
+    def full(path, data): raise OSError(28, "No space left on device", str(path))
+    monkeypatch.setattr(R, "write_atomic", full)
+    code, _, err = run(book, out)
+    assert code == 1 and "agop-book: [Errno 28] No space left on device" in err and (out / "a-1.json").exists()       # what was computed is kept
+
+
+def test_temporary_names_of_the_dead_and_of_the_living(out):
+    (out / "chapters").mkdir(parents=True)
+    names = {".a.png.999999999.tmp": 0, f".a.png.{os.getpid()}.tmp": 1, f".01_a.{os.getpid()}.k3_x9.tmp": 1, ".01_a.999999999.k3_x9.tmp": 0, ".a.json.0123456789abcdef0123456789abcdef.tmp": 0, ".b.json.11111111111111111111111111111111.tmp": 1}
+    for name in names: (out / "chapters" / name).write_text("")
+    old = out / "chapters/.a.json.0123456789abcdef0123456789abcdef.tmp"
+    os.utime(old, (time.time() - 7200,) * 2)
+    R._sweep_stale(out)
+    assert {p.name for p in (out / "chapters").iterdir()} == {name for name, stays in names.items() if stays}

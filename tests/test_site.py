@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -156,3 +157,51 @@ def test_broken_links_fail_the_build(book, tmp_path, plain_env):
     done = subprocess.run(sphinx, cwd=tmp_path, env=plain_env, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
     assert "77_nowhere" in done.stderr and "no-such-heading" in done.stderr
+
+
+PLANTED = {
+    "text/html": "<table onclick='planted()'><tr><td><b>kept</b><script>planted()</script><img src=x onerror=planted()><a href='javascript:planted()'>a</a>"
+                 "<style>td { background: url(javascript:planted()) }</style><style>td { color: green }</style></td></tr></table><svg onload=planted()><iframe src=//planted>",
+    "text/markdown": "**kept** $a<b$ [good](https://example.org/kept) [bad](javascript:planted()) [b]( java&#115;cript:planted()) [c](<javascript:planted()>) [d](javascript&colon;planted())\n\n"
+                     "<script>planted()</script><img src=x onerror=\"planted()\"><details open ontoggle=planted()>\n\n[e]\n\n[e]: JavaScript:planted()\n\n```{raw} html\n<script>planted()</script>\n```\n\n"
+                     "~~~ {raw} html\n<script>planted()</script>\n~~~\n\n```{include} /etc/hostname\n```\n\n{download}`/etc/hostname` `x`{=html} $\\href{javascript:planted()}{f}$ $\\\\href{javascript:planted()}{f}$\n\n<!-- x --><?php planted() ?>\n",
+    "application/javascript": "planted()", "image/svg+xml": "<svg xmlns='http://www.w3.org/2000/svg'><script>planted()</script></svg>",
+    "text/latex": "$\\href{javascript:planted()}{x}$"}
+
+
+class Active(HTMLParser):
+    "Collects what a browser would run in a page."
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.script, self.kept = [], False, ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.script = tag == "script"
+        self.found += [f"<{tag} {name}={value}>" for name, value in attrs if "planted()" in f"{value}" and (name[:2] == "on" or name in ("src", "style", "srcdoc") or re.match(r"\s*(javascript|data|vbscript)\s*:", f"{value}", re.I))]
+        self.found += [f"<{tag}>" for name in ("iframe", "object", "embed", "base", "meta-refresh") if tag == name]
+        if tag == "a" and dict(attrs).get("href") == "https://example.org/kept": self.kept += "link "
+
+    def handle_endtag(self, tag): self.script = False
+
+    def handle_data(self, text):
+        if self.script and "planted()" in text: self.found.append("script: " + text[:60])
+        if text == "kept": self.kept += "text "
+
+
+def test_nothing_stored_in_an_output_runs(tmp_path, copy_book, plain_env):
+    book = copy_book(tmp_path, "settings.ini", "_quarto.yml", "docs")
+    outputs = [nbformat.v4.new_output("display_data", data={kind: text}) for kind, text in PLANTED.items()]
+    outputs.append(nbformat.v4.new_output("stream", name="stdout", text="<script>planted()</script>"))
+    cells = [nbformat.v4.new_raw_cell("---\ntitle: Planted\noutput-file: page.html\n---"), *(nbformat.v4.new_code_cell("1 + 1", outputs=[o], execution_count=1) for o in outputs)]
+    (book / "_proc").mkdir()
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), book / "_proc/01_page.ipynb")
+    (book / "_proc/index.md").write_text("# Index\n\n```{toctree}\n01_page\n```\n")
+    sphinx = [sys.executable, "-m", "sphinx", "-q", "-b", "html", "-c", "docs", "_proc", "out"]
+    done = subprocess.run(sphinx, cwd=book, env=plain_env | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    page = Active((book / "out/01_page.html").read_text())
+    assert page.found == [] and page.kept.count("text") == 2 and "link" in page.kept
+    text = (book / "out/01_page.html").read_text()
+    assert "color: green" in text and "background: url" not in text and r"\href" not in text
+    assert not [p for p in (book / "out").rglob("*") if p.name in ("hostname", "_downloads")]

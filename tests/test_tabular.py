@@ -9,6 +9,7 @@ from pathlib import Path
 import joblib
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 from scipy import stats
@@ -451,3 +452,122 @@ def test_grinsztajn_from_openml(monkeypatch):
     with pytest.raises(DataNotFound, match="OpenML's suite 337 cannot be read: no route.*folder="): list(grinsztajn(337))
     monkeypatch.setitem(sys.modules, "openml", None)
     with pytest.raises(ImportError, match="pip install"): list(grinsztajn(337))
+
+
+# --- hostile input, kills, full disks
+
+SLEEPERS = """
+import os, sys, time
+from pathlib import Path
+import numpy as np
+from sklearn.base import BaseEstimator, ClassifierMixin
+from agop_book.tabular import Model, benchmark, split_task
+
+class Sleeper(ClassifierMixin, BaseEstimator):
+    def __init__(self, folder="", name=""): self.folder, self.name = folder, name
+    def fit(self, X, y):
+        if self.name != "quick": (Path(self.folder) / f"{os.getpid()}.pid").touch(); time.sleep(600)
+        return self
+    def predict(self, X): return np.zeros(len(X), int)
+
+if __name__ == "__main__":
+    task = split_task("t", np.random.RandomState(0).randn(40, 2), np.arange(40) % 2)
+    names = sys.argv[2].split()
+    benchmark([task], {f"{k} {name}": Model(Sleeper(sys.argv[1], name)) for k, name in enumerate(names)}, n_jobs=2, progress=False)
+"""
+
+
+@pytest.mark.parametrize("number, names, waiting", [(9, "slow quick", 1)])        # one worker busy, one idle
+def test_workers_of_a_killed_run_end_with_it(tmp_path, number, names, waiting):
+    (tmp_path / "sleepers.py").write_text(SLEEPERS)
+    process = subprocess.Popen([sys.executable, "sleepers.py", str(tmp_path), names], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    for _ in range(1200):
+        if len(list(tmp_path.glob("*.pid"))) == waiting: break
+        assert process.poll() is None
+        time.sleep(0.05)
+    else: pytest.fail("the workers did not start")
+    time.sleep(1)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 2
+    process.send_signal(number)
+    process.wait()
+    alive = psutil.wait_procs(children, timeout=8)[1]
+    for child in alive: child.kill()
+    assert not alive, f"{len(alive)} processes outlived the run"
+
+
+@pytest.mark.parametrize("options, error, words", [
+    (dict(n_jobs=0), ValueError, "n_jobs=0"), (dict(n_jobs=2**63), ValueError, "n_jobs=9223372036854775808"), (dict(n_jobs=-2**63), ValueError, "n_jobs=-9"), (dict(n_jobs=1.5), ValueError, "n_jobs=1.5"), (dict(n_jobs=True), ValueError, "n_jobs=True"),
+    (dict(n_jobs="two"), ValueError, "n_jobs='two'"), (dict(max_rows=0), ValueError, "max_rows=0"), (dict(max_rows=-5), ValueError, "max_rows=-5"), (dict(max_rows="all"), ValueError, "max_rows='all'"), (dict(protocol=["nested"]), ValueError, "protocol="),
+    (dict(models={"a": 3}), TypeError, r"models\['a'\]=3 has no method candidates")])
+def test_hostile_options_of_the_benchmark(options, error, words):
+    with pytest.raises(error, match=words): benchmark([toy()], **{"models": {"k-NN": SMALL["k-NN"]}, "progress": False, **options})
+
+
+@pytest.mark.parametrize("call, error, words", [
+    (lambda: benchmark([3], progress=False), TypeError, "tasks holds 3"), (lambda: evaluate(toy(), SMALL["k-NN"], "ours"), ValueError, "protocol='ours'"), (lambda: split_task("t", np.ones((4, 2)), [0, 1]), ValueError, "x has shape"),
+    (lambda: split_task("t", [[1.0], [np.nan], [2.0]], [0, 1, 1]), ValueError, "x holds NaN"), (lambda: split_task("t", np.ones((4, 2)), [0.5, np.inf, 1, 2]), ValueError, "y holds NaN"), (lambda: split_task("t", np.ones(4), [0, 1, 0, 1]), ValueError, "x has shape"),
+    (lambda: split_task("t", np.ones((4, 2)) * 1j, [0, 1, 0, 1]), TypeError, "x holds complex"), (lambda: split_task("t", np.ones((8, 2)), [0, 1] * 4, n_folds=0), ValueError, "n_folds=0"), (lambda: split_task("t", np.ones((8, 2)), [0, 1] * 4, n_folds=2**63), ValueError, "n_folds=9"),
+    (lambda: split_task("t", np.ones((8, 2)), [0, 1] * 4, random_state=-1), ValueError, "random_state=-1"), (lambda: inner_folds(toy(), n_splits=1), ValueError, "n_splits=1"), (lambda: inner_folds(toy(), most=-1), ValueError, "most=-1"),
+    (lambda: critical_difference(1, 10), ValueError, "k=1"), (lambda: critical_difference(3, 0), ValueError, "n=0"), (lambda: critical_difference(3, 10, 2), ValueError, "alpha=2"), (lambda: critical_difference(3, 10, np.nan), ValueError, "alpha=nan"),
+    (lambda: pairwise(table([[1, 2, 3]] * 4), "hulm"), ValueError, "correction='hulm'"), (lambda: rank_diagram(table([[1, 2, 3]] * 4), None, alpha=-1), ValueError, "alpha=-1"),
+    (lambda: accuracy_table(pd.DataFrame({"task": ["a"]})), ValueError, "no column accuracy, model"), (lambda: tabular.grinsztajn_task("t", pd.DataFrame({"a": [1.0]}), [0], False, -1), ValueError, "random_state=-1")])
+def test_hostile_arguments_are_named(call, error, words):
+    with pytest.raises(error, match=words): call()
+
+
+def test_more_processes_than_jobs_are_not_started(monkeypatch):
+    seen = []
+    real = joblib.Parallel
+    monkeypatch.setattr(joblib, "Parallel", lambda n_jobs, **options: seen.append(n_jobs) or real(n_jobs=1, return_as="generator"))
+    benchmark([toy()], {"k-NN": SMALL["k-NN"]}, n_jobs=5000, progress=False)
+    assert seen == [1]
+
+
+def test_gram_matrices_are_planned(monkeypatch):
+    monkeypatch.setattr("agop_book.memory.free_memory", lambda device="cpu": 2**20)
+    row, = benchmark([toy(600)], {"Laplace": SMALL["Laplace"]}, progress=False).to_dict("records")
+    assert row["error"].startswith("MemoryError: laplace: the Gram matrices of 300 centres") and "max_centers" in row["error"]
+    small, = benchmark([toy(60)], {"Laplace": SMALL["Laplace"]}, progress=False).to_dict("records")
+    assert small["error"] is None
+
+
+def test_as_many_classes_as_rows_need_no_square():
+    n, seen = 40_000, KernelModel("laplace", {"bandwidth": [10.0], "reg": [1.0]}, max_centers=50)
+    params, predicted = next(seen.candidates(np.random.default_rng(0).normal(size=(n, 2)), np.arange(n), n, np.zeros((3, 2))))      # one-hot by an n x n identity: 12.8 GB
+    assert len(predicted) == 3 and predicted.max() < n
+
+
+def test_hostile_results_files(tmp_path):
+    head = "task,model,protocol,accuracy,folds,chosen,error\n"
+    for text, words in ((head + "a,b,published,0.5,[0.5,,\n", "folds is not JSON"), (head + f"a,b,published,0.5,{'[' * 100_000},,\n", "folds is not JSON"), (head + "a,b,published,high,[],,\n", "accuracy is no number"),
+                        ("a,b\n1,2,3\n4,5,6,7\n", "not a table|no column"), ("", "not a table"), ("task,model,protocol,accuracy\n", "no column chosen, error, folds")):
+        (tmp_path / "r.csv").write_text(text)
+        with pytest.raises(UnreadableData, match=f"r.csv.*({words})"): read_results(tmp_path / "r.csv")
+    (tmp_path / "r.jsonl").write_text("[" * 100_000 + '\n{"key": "a", "row": []}\n{"key": "a", "row": {"accuracy": 1}}\n')
+    assert len(read_results(tmp_path / "r.jsonl")) == 1
+    row = benchmark([toy()], {"k-NN": SMALL["k-NN"]}, out=tmp_path / "r.jsonl", retry_failed=True, progress=False)
+    assert row["error"].isna().all()
+
+
+def test_unwritable_files_are_found_before_the_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tabular, "evaluate", lambda *a: pytest.fail("worked before it looked"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    for argv, words in ((["--csv", "nowhere/r.csv"], "--csv: no folder"), (["--csv", "."], "--csv: '.' is a folder"), (["--out", "file/r.jsonl"], "file"), (["--out", "."], "out: '.' is a folder")):
+        with pytest.raises(SystemExit) as stop: _main(["sklearn/iris", "--model", "k-NN", *argv])
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_full_disk_after_the_work_loses_nothing(tmp_path, capsys, monkeypatch):
+    def full(path, data): raise OSError(28, "No space left on device", str(path))
+    monkeypatch.setattr(tabular, "write_atomic", full)
+    assert _main(["sklearn/iris", "--model", "k-NN", "--csv", str(tmp_path / "r.csv")]) == 1
+    said = capsys.readouterr()
+    assert "No space left" in said.err and "task,model,protocol,accuracy,folds" in said.out and "sklearn/iris,k-NN,published,0." in said.out
+
+
+def test_the_command_in_a_narrow_encoding_without_a_reader():
+    line = f"{sys.executable} -m agop_book.tabular sklearn/iris --model k-NN 2>&1 | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.stdout == "0\n" and done.stderr == ""

@@ -327,6 +327,11 @@ class _RFM(_Rounds):
         M = check_metric(M, X.shape[1], X)
         return torch.diag(M) if M is not None and M.ndim == 1 and not self.diag else M
 
+    def kernel_machine(self):
+        "The fitted `KernelMachine`, in the coordinates of X."
+        check_is_fitted(self)
+        return self.machine_
+
     def _valid(self, X): return validate_data(self, _to_numpy(X), reset=False, dtype=[np.float64, np.float32])
 
     def _decision(self, X):

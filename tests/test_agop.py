@@ -190,7 +190,7 @@ def test_closed_form_against_differences(kernel, center):
     A = agop(machine, x, center=center)
     assert torch.allclose(A, machine.agop(x, center=center), atol=1e-11)
     assert torch.allclose(A, agop(machine, x, center=center, method="differences"), rtol=1e-5, atol=1e-7 * float(A.abs().max()))
-    holder = type("Fitted", (), {"machine_": machine, "predict": None})()
+    holder = type("Fitted", (), {"kernel_machine": lambda self: machine, "predict": None})()
     assert torch.equal(agop(holder, x, center=center), A)
     assert torch.allclose(agop(machine, DataLoader(x, 5), center=center, progress=False), A, atol=1e-11)
 

@@ -668,7 +668,7 @@ def _plan(how, machine, x, center, diag, probes):
     d = x[0].numel()
     cells = d if diag else d * d
     if machine is not None: need = _machine_need(machine, len(x), d, cells, center)
-    else: need = cells * (24 if probes else 8 if x.element_size() == 8 else 12) + min(BUDGET, x.nbytes)
+    else: need = cells * (24 if probes else 8 if x.element_size() == 8 else 12) + (1 + diag) * min(BUDGET, x.nbytes)
     if how == "differences" and len(x) > _batch_size(x): need += BUDGET
     plan(need + 2**25, f"the AGOP of {d:,} features", "Pass diag=True, fewer features, or float32 x.", device=x.device if machine is None else machine.coef.device)
 

@@ -9,7 +9,6 @@ __all__ = ['NEAR', 'SHARE', 'CONV_TILE', 'SIDE', 'COMPILE_FROM', 'PLAIN', 'CNTK'
 # %% ../nbs/11_cntk.ipynb #ede47c3a
 import functools
 import math
-import numbers
 import warnings
 from dataclasses import dataclass
 
@@ -18,8 +17,9 @@ import torch
 import torch.nn.functional as F
 
 from .agop import matrix_power
-from .kernels import apply_metric, as_tensor, blocks, check_metric, like
-from .rfm import free_memory
+from .arrays import as_tensor, is_count, like
+from .kernels import apply_metric, blocks, check_metric
+from .memory import plan
 
 # %% ../nbs/11_cntk.ipynb #1da7d7e9
 @dataclass(frozen=True)
@@ -32,9 +32,10 @@ class CNTK:
 
     def __post_init__(self):
         for name, value in (("depth", self.depth), ("patch_size", self.patch_size)):
-            if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1: raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+            if not is_count(value): raise ValueError(f"{name} must be an integer of at least 1 and below 2**31, got {value!r}.")
         if self.patch_size % 2 == 0: raise ValueError(f"patch_size must be odd, got {self.patch_size}; use {self.patch_size - 1} or {self.patch_size + 1}.")
         if self.padding not in ("valid", "zero", "circular"): raise ValueError(f'padding must be "valid", "zero" or "circular", got {self.padding!r}.')
+        if not isinstance(self.pooling, (bool, np.bool_)): raise ValueError(f"pooling must be True or False, got {self.pooling!r}.")
 
     def __call__(self, x, z=None, M=None):
         "NTK Gram matrix `(n, m)` of images `x` `(n, c, h, w)` and `z` `(m, c, h, w)` (default: `x`); `M` `(q, q)` or `(q,)`, q = c * patch_size**2, is the matrix of the norm on patches. Tensors in, tensor out, else numpy."
@@ -64,13 +65,13 @@ class CNTK:
 
     def gradient(self, x, centers, coef, M=None):
         "Gradient `(n, outputs, positions, q)` of f(x) = sum_i coef_i k(centers_i, x) with respect to the first-layer patches of `x` `(n, c, h, w)`; `coef` `(m, outputs)`. Finite at coincident patches, where the angle counts as constant."
-        return like(torch.cat([apply_metric(g, root).flatten(0, 1).permute(1, 2, 0, 3) for g, root in _gradients(self, x, centers, coef, M)]), x)
+        return like(torch.cat([apply_metric(g, root).flatten(0, 1).permute(1, 2, 0, 3) for g, root in _gradients(self, x, centers, coef, M, kept=2)]), x)
 
     def image_gradient(self, x, centers, coef, M=None):
         "The same with respect to the pixels: `(n, outputs, c, h, w)`."
         X = _inputs(self, x, centers, M, "centers")[0]
         back = torch.func.vjp(self.patches, X)[1]                                        # patches are linear in the image
-        g = torch.cat([apply_metric(g, root).permute(3, 0, 1, 2, 4) for g, root in _gradients(self, X, centers, coef, M)], 3)
+        g = torch.cat([apply_metric(g, root).permute(3, 0, 1, 2, 4) for g, root in _gradients(self, X, centers, coef, M, kept=4)], 3)
         return like(torch.stack([back(p)[0] for p in g], 1), x)
 
 # %% ../nbs/11_cntk.ipynb #e3eaba46
@@ -218,7 +219,11 @@ def _meetings(kernel, left, right):
 
 def _tile(kernel, left, right, tangent, layers=PLAIN):
     "The kernel `(n, m)` of two sides, and which pairs owe too much of it to coincident patches for single precision."
-    S, T, near, first, last = (sum(t) for t in zip(*(_recursion(kernel, a, b, layers) for a, b, _ in _meetings(kernel, left, right))))
+    total = None
+    for a, b, _ in _meetings(kernel, left, right):
+        parts = _recursion(kernel, a, b, layers)
+        total = parts if total is None else [t.add_(part) for t, part in zip(total, parts)]
+    S, T, near, first, last = total
     count = math.prod(left.norms[-1].shape[:2])**(1 + kernel.pooling)
     return (S + T if tangent else S) / count, near / first * last * kernel.depth > SHARE * T.abs()
 
@@ -239,19 +244,65 @@ def _inputs(kernel, x, z, M, name):
     if Z.shape[1:] != X.shape[1:]: raise ValueError(f"x holds images of {tuple(X.shape[1:])} and {name} of {tuple(Z.shape[1:])} (channels, rows, columns); they must agree.")
     dtype = torch.promote_types(X.dtype, Z.dtype)
     X, Z = X.to(dtype), X.to(dtype) if z is None else Z.to(X.device, dtype)
-    if M is None: return X, Z, None
-    M = as_tensor(M, "M", None)
-    M = check_metric(M, X.shape[1] * kernel.patch_size**2, M.to(X.device))        # as exact as its own dtype
-    return X, Z, matrix_power(M.double(), 0.5, clip=True)
+    root = None
+    if M is not None:
+        M = as_tensor(M, "M", None)
+        M = check_metric(M, X.shape[1] * kernel.patch_size**2, M.to(X.device))        # as exact as its own dtype
+        root = matrix_power(M.double(), 0.5, clip=True)
+    for images, called in ((X, "x"), (Z, name))[:1 if z is None else 2]: _check_range(kernel, images, called, root)
+    return X, Z, root
+
+
+def _check_range(kernel, x, name, root):
+    "ValueError where squares of pixels, or what the layers make of them, leave the range of their numbers."
+    peaks, limits = x.abs().flatten(1).amax(1), torch.finfo(x.dtype)
+    if not peaks.any(): return
+    gain = 0.0 if root is None else math.log(max(float(root.square().sum()), 1e-300))
+    low, high = (2 * math.log(v) + gain for v in (float(peaks[peaks > 0].min()), float(peaks.max())))
+    layers = kernel.depth * math.log(kernel.patch_size**2 * math.pi) + math.log(kernel.depth + 1)
+    remedy = "rescale it" + (", or pass it in float64." if x.dtype == torch.float32 else ".")
+    if high + layers > math.log(limits.max):
+        raise ValueError(f"{name} reaches {float(peaks.max()):.3g}: with depth={kernel.depth} and patch_size={kernel.patch_size} the kernel overflows {x.dtype}; {remedy}")
+    if low < math.log(limits.tiny):
+        raise ValueError(f"{name} holds an image of at most {float(peaks[peaks > 0].min()):.3g}, whose square vanishes in {x.dtype}; {remedy}")
+
+# %% ../nbs/11_cntk.ipynb #7be755ea
+def _positions(kernel, x):
+    "How many patches an image of `x` has."
+    lost = kernel.patch_size - 1 if kernel.padding == "valid" else 0
+    return (x.shape[2] - lost) * (x.shape[3] - lost)
+
+
+def _side_bytes(kernel, x, n):
+    "Bytes of `Images` for `n` images like those of `x`."
+    return _positions(kernel, x) * n * (x.shape[1] * kernel.patch_size**2 + 3 * kernel.depth) * x.element_size()
+
+
+def _side_size(kernel, x):
+    "How many images like those of `x` are prepared together, and the rows and columns of a tile."
+    rows, columns = CONV_TILE[x.device.type]
+    columns = max(rows, columns // _positions(kernel, x) // 16 * 16)
+    return max(columns, SIDE // _side_bytes(kernel, x, 1) // 16 * 16), rows, columns
+
+
+def _maps(kernel, x, rows, columns):
+    "Bytes of one number for each of rows x columns pairs of images and each position."
+    return _positions(kernel, x) * rows * columns * x.element_size()
+
+
+def _plan_gram(kernel, X, Z, symmetric):
+    "MemoryError, before the work, where the Gram matrix, prepared images and one tile do not fit."
+    size, rows, columns = _side_size(kernel, X)
+    sides = _side_bytes(kernel, X, min(len(X), size)) + (0 if symmetric and len(X) <= size else _side_bytes(kernel, X, min(len(Z), size)))
+    tile = (10 if kernel.depth > 1 else 6) * _maps(kernel, X, min(len(X), rows), min(len(Z), columns))
+    what = f"the Gram matrix of {len(X):,} and {len(Z):,} images of {X.shape[2]} x {X.shape[3]} pixels, in {8 * X.element_size()}-bit numbers,"
+    plan(len(X) * len(Z) * X.element_size() + sides + tile + 2**22, what, "Pass float32 images (half the memory), smaller images, or a part of x at a time.", device=X.device)
 
 # %% ../nbs/11_cntk.ipynb #a28a6ded
 def _tiles(kernel, X, Z, root, symmetric):
     "Yields (rows, columns, side, side) of tiles that stay in cache; sides are prepared for as many images as SIDE bytes hold."
-    h, w, _, q = kernel.patches(X[:1]).shape
-    tile_rows, tile_cols = CONV_TILE[X.device.type]
-    tile_cols = max(tile_rows, tile_cols // (h * w) // 16 * 16)
+    size, tile_rows, tile_cols = _side_size(kernel, X)
     side = lambda t: Images.of(kernel, t, None if root is None else root.to(t.dtype))
-    size = max(tile_cols, SIDE // (h * w * (q + 2 * kernel.depth) * X.element_size()) // 16 * 16)
     right = None
     for above in blocks(len(X), size):
         left = side(X[above])
@@ -268,14 +319,13 @@ def _tiles(kernel, X, Z, root, symmetric):
 # %% ../nbs/11_cntk.ipynb #8a2ddc04
 def _layers(kernel, X, Z, symmetric):
     "Compiled layers where they save more time than compiling takes, else the plain ones."
-    h, w = kernel.patches(X[:1]).shape[:2]
-    work = len(X) * len(Z) * kernel.depth * (h * w)**(1 + kernel.pooling) / (1 + symmetric)
+    work = len(X) * len(Z) * kernel.depth * _positions(kernel, X)**(1 + kernel.pooling) / (1 + symmetric)
     return (X.dtype == torch.float32 and work > COMPILE_FROM and compiled_layers()) or PLAIN
 
 
 def _mirror(kernel, out, X, root, tangent):
     "Fill the lower triangle from the upper one, and the diagonal exactly: on it all correlations are 1."
-    for rows in blocks(len(out), 512):
+    for rows in blocks(len(out), min(512, _side_size(kernel, X)[0])):
         out[rows, rows] = out[rows, rows].triu() + out[rows, rows].triu(1).T
         out[rows.stop:, rows] = out[rows, rows.stop:].T
         if not kernel.pooling:
@@ -285,10 +335,7 @@ def _mirror(kernel, out, X, root, tangent):
 # %% ../nbs/11_cntk.ipynb #2346801f
 def _gram(kernel, x, z, M, tangent):
     X, Z, root = _inputs(kernel, x, z, M, "z")
-    need, free = len(X) * len(Z) * X.element_size(), free_memory(X.device)
-    if need > free:
-        raise MemoryError(f"the Gram matrix of {len(X):,} and {len(Z):,} images takes {need / 2**30:.1f} GiB in {8 * X.element_size()}-bit numbers, {free / 2**30:.1f} GiB are free. "
-                          "Pass float32 images (half the memory), or a part of x at a time.")
+    _plan_gram(kernel, X, Z, z is None)
     out, layers = X.new_empty(len(X), len(Z)), _layers(kernel, X, Z, symmetric=z is None)
     with torch.no_grad():
         for rows, cols, left, right in _tiles(kernel, X, Z, root, symmetric=z is None):
@@ -296,6 +343,7 @@ def _gram(kernel, x, z, M, tangent):
             if z is None and not kernel.pooling and rows.start == cols.start: close.fill_diagonal_(False)  # exact in the end
             if X.dtype == torch.float32 and close.any():
                 i, j = close.any(1), close.any(0)
+                plan(2 * (_side_bytes(kernel, X, int(i.sum() + j.sum())) + 10 * _maps(kernel, X, int(i.sum()), int(j.sum()))), "the same in double precision, for images that nearly coincide,", "Pass fewer images at a time.", device=X.device)
                 sides = [Images.of(kernel, t.double(), root) for t in (X[rows][i], Z[cols][j])]
                 K[i.nonzero(), j.nonzero()[:, 0]] = _tile(kernel, *sides, tangent)[0].float()
             out[rows, cols] = K
@@ -338,23 +386,37 @@ def _finish(kernel, left, g, da):
     return g.addcmul_((2 * total * left.norms[0][..., None])[..., None], left.unit[..., None, :])
 
 # %% ../nbs/11_cntk.ipynb #bdc61072
-def _gradients(kernel, x, centers, coef, M=None, size=8):
+def _plan_gradients(kernel, X, Z, outputs, size, kept):
+    "MemoryError, before the work, where prepared images, the maps of one block and the gradients, of which `kept` copies stay, do not fit. How many centers are prepared at once."
+    prepared = len(Z) if _side_bytes(kernel, Z, len(Z)) <= SIDE else min(64, len(Z))
+    n, q = min(size, len(X)), X.shape[1] * kernel.patch_size**2
+    work = _side_bytes(kernel, X, n + prepared) + (12 + 5 * kernel.depth + 4 * outputs) * _maps(kernel, X, n, min(64, len(Z)))
+    gradients = outputs * q * _maps(kernel, X, 1, 1)                # of one image
+    need = max(kept * gradients * len(X), max(kept - 1, 0) * gradients * len(X) + work + 3 * gradients * n)
+    plan(need + 2**22, f"the gradients of {outputs} outputs at {len(X):,} images of {X.shape[2]} x {X.shape[3]} pixels, in {8 * X.element_size()}-bit numbers,", "Pass float32 images (half the memory), or smaller or fewer images.", device=X.device)
+    return prepared
+
+
+def _gradients(kernel, x, centers, coef, M=None, size=8, kept=0):
     "Yields, for consecutive blocks of images, the gradients of all outputs at all patches, `(h, w, images, outputs, q)`, still without their last factor; and that factor, the root of M."
     X, Z, root = _inputs(kernel, x, centers, M, "centers")
     coef = as_tensor(coef, "coef", None).to(Z)
     coef = coef[:, None] if coef.ndim == 1 else coef
     if coef.ndim != 2 or len(coef) != len(Z): raise ValueError(f"coef has shape {tuple(coef.shape)}; it must be ({len(Z)}, outputs), one row per center.")
     root = None if root is None else root.to(X.dtype)
+    prepared = _plan_gradients(kernel, X, Z, coef.shape[1], size, kept)
     with torch.no_grad():
         sides = lambda: ((Images.of(kernel, Z[cols], root), coef[cols]) for cols in blocks(len(Z), 64))
-        kept = list(sides()) if len(Z) * kernel.patches(Z[:1]).numel() * Z.element_size() <= SIDE else None    # else prepared anew for each block
+        ready = list(sides()) if prepared == len(Z) else None    # else prepared anew for each block
         for rows in blocks(len(X), size):
             left = Images.of(kernel, X[rows], root)
             g = left.unit.new_zeros(*left.unit.shape[:3], coef.shape[1], left.unit.shape[3])
             da = [r.new_zeros(*r.shape, coef.shape[1]) for r in left.norms]
-            for right, alpha in kept or sides():
+            for right, alpha in ready or sides():
                 for a, b, place in _meetings(kernel, left, right): _backward(kernel, a, b, alpha, g[place], [t[place] for t in da])
-            yield _finish(kernel, left, g, da).mul_(X.shape[1]**-0.5 / math.prod(left.norms[-1].shape[:2])**(1 + kernel.pooling)), root
+            g = _finish(kernel, left, g, da).mul_(X.shape[1]**-0.5 / math.prod(left.norms[-1].shape[:2])**(1 + kernel.pooling))
+            if not math.isfinite(float(torch.linalg.vector_norm(g, math.inf))): raise ValueError(f"coef reaches {float(coef.abs().max()):.3g}: the gradients overflow {g.dtype}; rescale coef or the images.")
+            yield g, root
 
 # %% ../nbs/11_cntk.ipynb #ae45325c
 def patch_agop(kernel: CNTK,   # the kernel of the machine
@@ -368,4 +430,5 @@ def patch_agop(kernel: CNTK,   # the kernel of the machine
     for g, root in _gradients(kernel, x, centers, coef, M):
         G, n = G + g.flatten(0, 3).T @ g.flatten(0, 3), n + g.shape[2]
     if root is not None: G = apply_metric(apply_metric(G, root).T, root)
+    if not torch.isfinite(G).all(): raise ValueError(f"the squares of the gradients overflow {G.dtype}; rescale coef or the images.")
     return like(G / n, x)

@@ -24,7 +24,7 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from tqdm import tqdm
 
-from .agop import _check_mode, _distributed, _sum
+from .agop import _check_mode, _distributed, _sum, all_or_none
 from .kernels import blocks
 from .rnns import explicit
 from .roles import holder, row_blocks
@@ -427,7 +427,8 @@ def nfa(model: nn.Module,          # in eval mode; samples must not influence ea
     if not (output is None or output == "loss" or callable(output) or isinstance(output, numbers.Integral)): raise ValueError(f"output={output!r}; choose None, a class number, 'loss' or a function of (model output, batch).")
     if initial is not None and hasattr(data, "__next__"): data = list(data)          # it is walked through twice
     seed = check_random_state(random_state).randint(2**31 - 1)
-    run = lambda m: _collect(m, data, output, probes, seed, batch_size, progress, reduce)
+    def run(m):
+        with all_or_none(reduce): return _collect(m, data, output, probes, seed, batch_size, progress, reduce)
     sites = run(model)
     firsts = [None] * len(sites) if initial is None else run(initial)
     if [s.weight.shape for s in sites] != [f.weight.shape for f in firsts if f is not None] and initial is not None: raise ValueError("initial has other weights than model; pass the same network before training.")

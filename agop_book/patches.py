@@ -9,6 +9,7 @@ __all__ = ['SMALL_VGGS', 'Pixels', 'CifarResNet', 'cifar_resnet', 'squeezenet', 
 # %% ../nbs/07_cnns.ipynb #c0a8b31c
 import difflib
 import math
+import numbers
 import pickle
 from collections import OrderedDict
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from skorch.callbacks import LRScheduler
 from torch import nn
 
 from .agop import matrix_power
+from .arrays import is_number, plain
 from .data import DataNotFound, UnreadableData, cache_dir, data_roots, load
 from .figures import device, pick
 from .mlps import _seeded, trained
@@ -193,24 +195,35 @@ def cnn(name: str,                 # "resnet20", "resnet32", "resnet56" (CIFAR-1
 def as_photos(images,              # path, PIL image, or array or tensor (h, w), (h, w, c), (c, h, w), (n, h, w, c), (n, c, h, w) with c = 1 (grey), 3 (RGB) or 4 (RGBA); uint8, or floats in [0, 1]
               channels: int = 3    # 3, or 1 for grey
               ) -> torch.Tensor:   # float32 (n, channels, h, w) in [0, 1]; what was transparent is white
-    "Photographs as a network takes them. Raises ValueError for other shapes and values, UnreadableData for a file that is not an image."
+    """Photographs as a network takes them. Three axes are one picture, four a batch.
+
+    Raises ValueError for other shapes and values, and with `channels=1` for `(3, h, w)` and `(4, h, w)`, which may be one picture or a batch of grey ones;
+    UnreadableData for a file that is not an image."""
+    if channels not in (1, 3): raise ValueError(f"channels={channels!r}: must be 3 (RGB) or 1 (grey)")
+    x, likely = _pixels(images)
+    shape = tuple(x.shape)
+    if x.ndim not in (2, 3, 4) or not x.numel(): raise ValueError(f"images has shape {shape}: give (h, w), (h, w, c), (c, h, w) or a batch of one of the last two")
+    x = x / 255 if x.dtype == torch.uint8 else x.float()
+    x = x[(None,) * (4 - x.ndim)]
+    axis = next((a for a in likely if x.shape[a] in (1, 3, 4)), 1) if len(shape) > 2 else 1
+    if channels == 1 and len(shape) == 3 and axis == 1 and shape[0] in (3, 4):
+        raise ValueError(f"images has shape {shape}: one picture of {shape[0]} channels, or {shape[0]} grey ones? Pass images[None] for the first, images[:, None] for the second")
+    x = x.movedim(axis, 1)
+    if x.shape[1] not in (1, 3, 4): raise ValueError(f"images has shape {shape}: no axis of 1, 3 or 4 channels, first or last; for a batch of grey images pass images[:, None]")
+    if not torch.isfinite(x).all() or x.min() < 0 or x.max() > 1: raise ValueError(f"images has values from {x.min():.3g} to {x.max():.3g}: give uint8, or floats in [0, 1] (divide by 255)")
+    if x.shape[1] == 4: x = x[:, :3] * x[:, 3:] + 1 - x[:, 3:]
+    if channels == 1: return x.mean(1, keepdim=True)
+    return x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
+
+
+def _pixels(images):
+    "What was given as a tensor, and the axes where its channels may be, the likelier first: numpy and PIL put them last, torch first."
     if isinstance(images, (str, Path)):
         try: images = Image.open(images).convert("RGBA")
         except OSError as error: raise UnreadableData(f"{images}: not a readable image ({error})") from error
     if isinstance(images, Image.Image): images = np.array(images.convert("RGBA"))
-    images = images if isinstance(images, torch.Tensor) else np.asarray(images)
-    x = torch.as_tensor(images).detach()
-    if x.ndim not in (2, 3, 4) or not x.numel(): raise ValueError(f"images has shape {tuple(x.shape)}: give (h, w), (h, w, c), (c, h, w) or a batch of one of the last two")
-    x = x / 255 if x.dtype == torch.uint8 else x.float()
-    if x.ndim == 2: x = x[None]
-    if x.ndim == 3: x = x[None]
-    likely = (-1, 1) if isinstance(images, np.ndarray) else (1, -1)      # numpy and PIL put channels last, torch first
-    axis = next((a for a in likely if x.shape[a] in (1, 3, 4)), 1) if images.ndim > 2 else 1
-    x = x.movedim(axis, 1)
-    if x.shape[1] not in (1, 3, 4): raise ValueError(f"images has shape {tuple(images.shape)}: no axis of 1, 3 or 4 channels, first or last")
-    if not torch.isfinite(x).all() or x.min() < 0 or x.max() > 1: raise ValueError(f"images has values from {x.min():.3g} to {x.max():.3g}: give uint8, or floats in [0, 1] (divide by 255)")
-    if x.shape[1] == 4: x = x[:, :3] * x[:, 3:] + 1 - x[:, 3:]
-    return x.expand(-1, 3, -1, -1) if channels == 3 and x.shape[1] == 1 else x.mean(1, keepdim=True) if channels == 1 else x
+    if isinstance(images, torch.Tensor) and not images.is_complex(): return images.detach(), (1, -1)
+    return torch.as_tensor(np.asarray(plain(images, "images"))), (-1, 1)
 
 # %% ../nbs/07_cnns.ipynb #42e45207
 class _Reached(Exception):
@@ -242,8 +255,15 @@ class PatchOperator:
     def _filters(self, direction):
         values, vectors = self._spectrum
         if direction is None: return values[:self.conv.out_channels, None].sqrt() * vectors[:self.conv.out_channels]     # its rank is at most the number of output channels
-        if not -len(values) <= direction < len(values): raise ValueError(f"direction={direction}: {self.name} has directions 0 to {len(values) - 1}")
+        if not is_number(direction, numbers.Integral) or not -len(values) <= direction < len(values): raise ValueError(f"direction={direction!r}: {self.name} has directions 0 to {len(values) - 1}")
         return vectors[direction][None]
+
+    def _eye(self, direction):
+        "A convolution that moves over its input as that of the layer does, padding and all, with the operator's filters over all channels."
+        like = self.conv
+        eye = nn.Conv2d(like.in_channels, 1, like.kernel_size, like.stride, like.padding, like.dilation, bias=False, padding_mode=like.padding_mode, device="meta")
+        eye.weight = nn.Parameter(self._filters(direction).to(like.weight).reshape(-1, *self.shape), requires_grad=False)
+        return eye
 
     @torch.no_grad()
     def see(self, photos,                    # as in `as_photos`
@@ -251,13 +271,12 @@ class PatchOperator:
             resize: bool = True              # to the size of the photograph; False: one number per position of the layer
             ) -> torch.Tensor:               # float32 (n, h, w), at least 0
         "Photographs seen through the operator, |L u|, or one direction, |v . u|. Raises ValueError for photographs too small to reach the layer."
-        here, seen = self.conv.weight, []
-        filters = self._filters(direction).to(here).reshape(-1, *self.shape)
-        def look(conv, args):
-            seen.append(F.conv2d(args[0], filters, None, conv.stride, conv.padding, conv.dilation).norm(dim=1, keepdim=True))
+        here, seen, eye = self.conv.weight, [], self._eye(direction)
+        def look(conv, args, named):
+            seen.append(eye(*args, **named).norm(dim=1, keepdim=True))
             raise _Reached
         first = next(m for m in self.model.modules() if isinstance(m, nn.Conv2d))
-        x, hook = as_photos(photos, first.in_channels).to(here), self.conv.register_forward_pre_hook(look)
+        x, hook = as_photos(photos, first.in_channels).to(here), self.conv.register_forward_pre_hook(look, with_kwargs=True)
         try: self.model(x)
         except _Reached: pass
         except RuntimeError as error: raise ValueError(f"photos of {x.shape[2]} x {x.shape[3]} pixels do not pass through the network to {self.name} ({error}); enlarge them") from error

@@ -21,18 +21,17 @@ import numpy as np
 import pandas as pd
 import torch
 from kymatio.scattering2d.filter_bank import filter_bank  # kymatio.torch does not import with scipy >= 1.17
-from safetensors.numpy import load_file
-from safetensors.numpy import save as to_bytes
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from .agop import matrix_power
 from .convrfm import CONV_CHECKS, _ConvRFM, check_pairs, ridge_fits
 from .figures import device as pick_device
-from .figures import write_atomic
 from .kernels import KERNELS, Kernel, KernelMachine, Radial, Shared, Side
+from .arrays import is_count
 from .arrays import is_number as _is
 from .arrays import like, plain
+from .files import load_arrays, save_arrays
 from .memory import free_memory, plan
 from .rfm import _RFM, CHECKS, RFMClassifier, RFMRegressor, _kernel, check_parameters, fill, gram_rows
 
@@ -80,11 +79,11 @@ def scatter(x: torch.Tensor,  # images (n, h, w)
 
 # %% ../nbs/13_scattering.ipynb #15efe101
 SCATTERING_CHECKS = {  # parameter: (test, what it must be)
-    "J": (lambda v: _is(v, numbers.Integral) and v >= 1, "an integer of at least 1, the number of scales"),
-    "L": (lambda v: _is(v, numbers.Integral) and v >= 1, "an integer of at least 1, the number of orientations"),
+    "J": (lambda v: is_count(v), "an integer of at least 1 and below 2**31, the number of scales"),
+    "L": (lambda v: is_count(v), "an integer of at least 1 and below 2**31, the number of orientations"),
     "order": (lambda v: _is(v, numbers.Integral) and v in (1, 2), "1 or 2, the number of layers of wavelets"),
     "image_shape": CONV_CHECKS["image_shape"],
-    "batch_size": (lambda v: v is None or _is(v, numbers.Integral) and v >= 1, "None (what fits the cache) or an integer of at least 1"),
+    "batch_size": (lambda v: v is None or is_count(v), "None (what fits the cache) or an integer of at least 1 and below 2**31"),
     "cache": (lambda v: v is None or isinstance(v, (str, Path)), "None or a folder"),
 }
 
@@ -112,7 +111,7 @@ class Scattering(TransformerMixin, BaseEstimator):
     order : layers of wavelets, 1 or 2.
     image_shape : (channels, height, width) when images come as rows.
     batch_size : images (one channel each) at a time; None: what fits the processor's cache.
-    cache : folder in which results are kept, one safetensors file per set of images; None: nothing is kept.
+    cache : folder in which results are kept, one safetensors file with a checksum per set of images; None: nothing is kept. A file that is damaged, or of other images, is computed again with a warning.
     device : "auto", "cpu", "cuda", "cuda:1".
 
     `maps_shape_` is (c, paths, h', w'); `paths_` has one row per path (see `paths`).
@@ -136,9 +135,10 @@ class Scattering(TransformerMixin, BaseEstimator):
         pick_device(self.device)
         self._rows(X, True)
         c, *size = self.image_shape_
-        if 2**self.J > min(size):
-            fits = int(math.log2(min(size)))
-            raise ValueError(f"J={self.J} needs images of at least {2**self.J} x {2**self.J} pixels, X holds {size[0]} x {size[1]}; " + (f"take J <= {fits}." if fits else "enlarge them."))
+        if self.J > math.log2(min(size)):
+            fits, side = int(math.log2(min(size))), 2**self.J if self.J < 64 else f"2^{self.J}"
+            raise ValueError(f"J={self.J} needs images of at least {side} x {side} pixels, X holds {size[0]} x {size[1]}; " + (f"take J <= {fits}." if fits else "enlarge them."))
+        self._plan(len(X), c, size)
         _, low, _ = _bank(self.J, self.L, tuple(size))
         self.paths_ = paths(self.J, self.L, self.order)
         self.maps_shape_ = (c, len(self.paths_), *(len(R) for R in low[0]))
@@ -149,30 +149,52 @@ class Scattering(TransformerMixin, BaseEstimator):
         check_is_fitted(self)
         device = pick_device(self.device)
         rows = self._rows(X)
-        file = None if self.cache is None else Path(self.cache) / f"{self._key(rows)}.safetensors"
-        out = self._cached(file)
+        self._plan(len(rows), self.image_shape_[0], self.image_shape_[1:], rows.itemsize)
+        about = {"key": self._key(rows), "shape": [len(rows), self._n_features_out], "dtype": "float32" if device.type == "cuda" else str(rows.dtype)}
+        file = None if self.cache is None else Path(self.cache) / f"{about['key']}.safetensors"
+        out = self._cached(file, about)
         if out is None:
             out = self._compute(torch.from_numpy(np.array(rows)).unflatten(1, self.image_shape_).flatten(0, 1), device).reshape(len(rows), -1).numpy()
             if file is not None:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                write_atomic(file, to_bytes({"coefficients": out}))
+                save_arrays(file, {"coefficients": out}, about)
         return torch.from_numpy(out).to(X.device) if isinstance(X, torch.Tensor) else out
 
     def _compute(self, images, device):
-        size = self.batch_size or max(1, 2 ** (22 if device.type == "cuda" else 13) // images[0].numel())
+        size = self._batch(images[0].numel(), 2**22 if device.type == "cuda" else 2**13)
         images = images.float() if device.type == "cuda" else images
         return torch.cat([scatter(part.to(device), self.J, self.L, self.order).cpu() for part in images.split(size)])
 
     def _key(self, rows):
         "Name of these results: a hash of the images and of what is done to them."
-        what = hashlib.sha256(repr((1, self.J, self.L, self.order, self.image_shape_, rows.dtype.str, len(rows))).encode())
+        what = hashlib.sha256(repr((2, self.J, self.L, self.order, self.image_shape_, rows.dtype.str, len(rows))).encode())
         what.update(np.ascontiguousarray(rows))
         return what.hexdigest()[:32]
 
-    def _cached(self, file):
+    def _cached(self, file, about):
+        "The coefficients in the file if they are what `about` says, else None, with a warning where there is a file."
         if file is None or not file.is_file(): return None
-        try: return load_file(file)["coefficients"]
-        except Exception as error: warnings.warn(f"{file} cannot be read ({error}); computing its coefficients again", stacklevel=3)
+        try:
+            arrays, found = load_arrays(file)
+            out = arrays.get("coefficients")
+            if found != about or set(arrays) != {"coefficients"} or (list(out.shape), str(out.dtype)) != (about["shape"], about["dtype"]) or not np.isfinite(out).all():
+                raise ValueError("it holds the coefficients of other images")
+            return out
+        except (ValueError, OSError) as error: warnings.warn(f"{file} cannot be used ({error}); computing its coefficients again", stacklevel=3)
+
+    def _plan(self, n, c, size, itemsize=4):
+        "MemoryError where wavelets, the work on one batch and the coefficients do not fit."
+        padded = math.prod(((m + 2**self.J) // 2**self.J + 1) * 2**self.J for m in size)
+        deep = self.order == 2 and self.J > 1
+        work = min(n * c, self._batch(math.prod(size))) * padded * self.L * (4 * self.L if deep else 6) * itemsize
+        count = 1 + self.J * self.L + (self.L**2 * self.J * (self.J - 1) // 2 if deep else 0)
+        maps = math.prod(-(-m // 2**self.J) for m in size)
+        what = f"the scattering of {n:,} images of {size[0]} x {size[1]} pixels with J={self.J}, L={self.L} and order={self.order}"
+        plan(10 * self.J * self.L * padded + work + 2 * itemsize * n * c * count * maps + 2**24, what, "Take fewer or smaller images, a smaller L, or a smaller batch_size.")
+
+    def _batch(self, pixels, cells=2**13):
+        "Images (one channel each) at a time."
+        return self.batch_size or max(1, cells // pixels)
 
     @property
     def _n_features_out(self): return math.prod(self.maps_shape_)

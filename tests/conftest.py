@@ -34,14 +34,14 @@ def plain_env():
 
 @pytest.fixture
 def two_processes(tmp_path):
-    "two_processes(code): run `code` under torchrun with two gloo processes; it finds this folder in sys.argv[2] and stores what it found at sys.argv[1], whose path comes back."
-    def run(code):
+    "two_processes(code, timeout=300): run `code` under torchrun with two gloo processes; it finds this folder in sys.argv[2] and stores what it found at sys.argv[1], whose path comes back."
+    def run(code, timeout=300):
         here = os.path.dirname(os.path.abspath(__file__))
         worker, found = tmp_path / "worker.py", tmp_path / "found.pt"
         worker.write_text(code)
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
         done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(worker), str(found), here],
-                              env=env, capture_output=True, text=True, timeout=300)
+                              env=env, capture_output=True, text=True, timeout=timeout)
         assert done.returncode == 0, done.stderr[-3000:]
         return found
     return run

@@ -1,5 +1,8 @@
 "The operator against brute force, across families, devices, processes and bad input."
 import math
+import os
+import subprocess
+import sys
 import warnings
 
 import hypothesis.strategies as st
@@ -8,18 +11,25 @@ import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
+from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.ensemble import RandomForestRegressor
 from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.neighbors import KNeighborsRegressor
+from sklearn.model_selection import GridSearchCV
 from sklearn.neural_network import MLPRegressor
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, SVR
+from skorch import NeuralNetClassifier, NeuralNetRegressor
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import agop_book.agop as module
-from agop_book.agop import AGOP, Sketch, agop, cosine, matrix_power, pearson, pullbacks, top_directions
-from agop_book.kernels import NTK, KernelMachine, Laplace, Matern52
+from agop_book import memory
+from agop_book.agop import AGOP, Sketch, agop, choose_steps, cosine, differences, matrix_power, pearson, pullbacks, random_signs, top_directions
+from agop_book.kernels import NTK, Gaussian, KernelMachine, Laplace, Matern52
+from agop_book.rfm import RFMRegressor
 
 f64 = torch.float64
 quick = settings(max_examples=15, deadline=None)
@@ -190,7 +200,7 @@ def test_closed_form_against_differences(kernel, center):
     A = agop(machine, x, center=center)
     assert torch.allclose(A, machine.agop(x, center=center), atol=1e-11)
     assert torch.allclose(A, agop(machine, x, center=center, method="differences"), rtol=1e-5, atol=1e-7 * float(A.abs().max()))
-    holder = type("Fitted", (), {"machine_": machine, "predict": None})()
+    holder = type("Fitted", (), {"kernel_machine": lambda self: machine, "predict": None})()
     assert torch.equal(agop(holder, x, center=center), A)
     assert torch.allclose(agop(machine, DataLoader(x, 5), center=center, progress=False), A, atol=1e-11)
 
@@ -246,6 +256,197 @@ def test_classifiers_constant_features_and_steps(table):
     with pytest.raises(NotFittedError): agop(SVR(), X)
 
 
+# estimators of all kinds -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: make_pipeline(StandardScaler(), m)], ids=["alone", "pipeline"])
+@pytest.mark.parametrize("model", [RFMRegressor(n_iter=1), SVR()], ids=["closed form", "differences"])
+def test_frames_with_other_columns_are_refused_as_predict_refuses_them(table, model, wrap):
+    frame = pd.DataFrame(table[0][:60], columns=list("abcd"))
+    model = wrap(model).fit(frame, table[1][:60])
+    assert list(agop(model, frame).columns) == list("abcd")
+    for bad in (frame[list("bacd")], frame.rename(columns={"a": "z"}), frame[list("abc")]):
+        with pytest.raises(ValueError) as ours: agop(model, bad)
+        with pytest.raises(ValueError) as theirs: model.predict(bad)
+        assert str(ours.value) == str(theirs.value)
+
+
+class Holder(ClassifierMixin, BaseEstimator):
+    "A fitted two-class classifier whose decision_function is the difference of its two outputs, like the RFM classifiers."
+    def __init__(self, machine=None, offers=("outputs", "kernel_machine")): self.machine, self.offers = machine, offers
+
+    def fit(self, X, y):
+        self.classes_, self.machine_ = np.unique(y), self.machine                # machine_ alone says nothing about its coordinates
+        return self
+
+    def __getattr__(self, name):
+        if name in ("outputs", "kernel_machine") and name in self.__dict__.get("offers", ()): return getattr(self, "_" + name)
+        raise AttributeError(name)
+    def _outputs(self, X): return self.machine(2 * np.asarray(X))
+    def _kernel_machine(self): return None
+    def decision_function(self, X): return self._outputs(X) @ np.array([-1, 1])
+    def predict(self, X): return self.classes_[(self.decision_function(X) > 0).astype(int)]
+
+
+def test_two_classes_have_two_outputs_and_machines_are_asked_for(table):
+    X, y = table[0][:40], table[1][:40] > 0
+    machine = KernelMachine(Gaussian(3.0), normal(30, 4), normal(30, 2, seed=1))
+    f = lambda x: (torch.exp(-torch.cdist(2 * x, machine.centers) ** 2 / 18) @ machine.coef)
+    both, single = brute(f, torch.tensor(X)).numpy(), brute(lambda x: f(x) @ torch.tensor([-1.0, 1], dtype=f64), torch.tensor(X)).numpy()
+    assert np.linalg.norm(both - single) > 0.3 * np.linalg.norm(both)                # half where the two outputs are opposite
+    fitted = Holder(machine).fit(X, y)
+    close = lambda A, B: np.allclose(A, B, rtol=1e-5, atol=1e-6 * abs(B).max())
+    assert close(agop(fitted, X), both) and close(agop(GridSearchCV(Holder(machine), {}, cv=2).fit(X, y), X), both)
+    assert close(agop(Holder(machine, offers=()).fit(X, y), X), single)
+    scaler = StandardScaler().fit(X)
+    scaled = brute(lambda x: f((x - torch.tensor(scaler.mean_)) / torch.tensor(scaler.scale_)), torch.tensor(X)).numpy()
+    assert close(agop(make_pipeline(StandardScaler(), Holder(machine)).fit(X, y), X), scaled)
+    with pytest.raises(ValueError, match="is none"): agop(Holder(machine).fit(X, y), X, method="closed_form")
+    moved = KernelMachine(Gaussian(3.0), machine.centers / 2, machine.coef, 4 * torch.eye(4, dtype=f64))
+    fitted._kernel_machine = lambda: moved                                            # the same function, in the coordinates of X
+    assert close(agop(fitted, X, method="closed_form"), both)
+
+
+class Plain(nn.Module):
+    def __init__(self, outputs=1):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, outputs))
+    def forward(self, x): return self.layers(x)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("classes", [0, 3])
+def test_skorch_networks_in_their_own_precision(table, classes, scaled):
+    X = (table[0] * [1, 300, 1e-2, 1] + [0, 1000, 0, 2]).astype(np.float32)
+    y = np.digitize(table[1], [-1, 1]) if classes else table[1][:, None].astype(np.float32)
+    torch.manual_seed(0)
+    options = dict(max_epochs=3, lr=0.1, verbose=0, train_split=None)
+    net = NeuralNetClassifier(Plain, module__outputs=3, criterion=nn.CrossEntropyLoss, **options) if classes else NeuralNetRegressor(Plain, **options)
+    if not scaled: X = StandardScaler().fit_transform(X)
+    model = (make_pipeline(StandardScaler(), net) if scaled else net).fit(X, y)
+    inner, (mean, scale) = model[-1].module_ if scaled else model.module_, (torch.tensor(model[0].mean_), torch.tensor(model[0].scale_)) if scaled else (0, 1)
+    ours = agop(model, X)
+    inner.double()
+    exact = brute(lambda x: inner((x - mean) / scale).softmax(1) if classes else inner((x - mean) / scale), torch.tensor(X).double()).detach().numpy()
+    size = np.sqrt(np.outer(exact.diagonal(), exact.diagonal()))
+    assert ours.dtype == np.float32 and (abs(ours - exact) / size).max() < 1e-3
+    inner.float()
+
+
+def test_frames_of_every_make(table):
+    X, y = table[0][:80], table[1][:80]
+    frame = pd.DataFrame({"a": X[:, 0], "b": X[:, 1] > 0, "c": X[:, 2]})
+    model = LinearRegression().fit(frame.astype(float), y)
+    exact = np.outer(model.coef_, model.coef_)
+    kinds = {"a": "Float64", "b": "boolean"}, {"a": "float32"}
+    for kind in kinds: assert np.allclose(agop(model, frame.astype(kind)), exact, atol=1e-6)
+    assert agop(RFMRegressor(n_iter=0).fit(X, y), torch.tensor(X).bfloat16()).dtype == torch.float32
+    assert np.allclose(agop(LinearRegression().fit(X, y), torch.tensor(X).bfloat16()).numpy()[0, 0], 4, rtol=1e-2)
+    with pytest.raises(ValueError, match="x contains NaN"): agop(model, frame.astype("Float64").mask(frame > 2))
+    with pytest.raises(TypeError, match="dates"): agop(model, frame.assign(a=pd.Timestamp("2024-01-01")))
+    pytest.importorskip("pyarrow")
+    assert np.allclose(agop(model, frame.astype({"a": "double[pyarrow]", "b": "bool[pyarrow]"})), exact, atol=1e-6)
+    polars = pytest.importorskip("polars")
+    A = agop(model, polars.from_pandas(frame))
+    assert list(A.columns) == list(A.index) == list("abc") and np.allclose(A, exact, atol=1e-6)
+    net = nn.Linear(3, 2).double()
+    assert np.allclose(agop(net, polars.from_pandas(frame.astype(float))), (net.weight.T @ net.weight).detach())
+    assert isinstance(matrix_power(polars.from_pandas(A), 1), pd.DataFrame) and cosine(polars.from_pandas(A), A) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("before", ["nothing", "one row", "no_grad", "inference", "backward"])
+def test_compiled_networks_whatever_they_ran_before(backend, before):
+    net, x = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double().eval(), normal(20, 6)
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend=backend)
+    with {"no_grad": torch.no_grad, "inference": torch.inference_mode}.get(before, torch.enable_grad)():
+        if before != "nothing": y = compiled(x[:1] if before == "one row" else x)
+        inside = agop(compiled, x, batch_size=7)
+    if before == "backward": y.sum().backward()
+    exact = brute(net, x).detach()
+    for A in (inside, agop(compiled, x, batch_size=7), agop(lambda x: compiled(x) + 1, x)): assert (A - exact).abs().max() < 1e-12
+
+
+# sums ------------------------------------------------------------------------------------------------------------------
+
+def test_what_is_no_jacobian_leaves_the_sums_alone():
+    J = normal(5, 2, 3)
+    acc = AGOP(center=True).update(J)
+    before = acc.matrix
+    masked = np.ma.masked_array(J.numpy(), mask=J.numpy() > 1)
+    cases = [(J * math.nan, ValueError, "not finite at 5 of 5"), (J.clone().index_fill_(0, torch.tensor([1]), math.inf), ValueError, "not finite at 1 of 5"), (J + 1j, TypeError, "complex"),
+             (J.numpy() + 1j, TypeError, "complex"), (masked, TypeError, "masked"), (np.full((1, 2, 3), "2020-01-01", "datetime64[D]"), TypeError, "dates"),
+             (J[:, :1], ValueError, "1 outputs"), (normal(5, 3, 3), ValueError, "3 outputs"), (J * 1e200, ValueError, "overflow float64"), (J[:0], ValueError, "empty")]
+    for bad, error, words in cases[:6] + cases[7:]:
+        with pytest.raises(error, match=f"jacobians.*{words}"): acc.update(bad)
+        assert torch.equal(acc.matrix, before) and acc.n == 5
+    for bad in ([J, J * math.nan], [J[:, :1], J[:4, 1:]], [J[:, :1]]):
+        acc = AGOP(center=True).update(J)
+        with pytest.raises(ValueError, match="jacobians"): acc.update(iter(bad))
+        with pytest.raises(ValueError, match="halfway"): acc.matrix
+        with pytest.raises(ValueError, match="halfway"): AGOP(center=True).merge(acc)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e22, 1e30])
+def test_squares_outside_of_single_precision(scale):
+    J = normal(40, 3, 5).float() * scale
+    exact = torch.einsum("ncd,nce->de", J.double(), J.double()) / 40
+    for options in ({}, {"diag": True}):
+        A = AGOP(**options).update(J).matrix
+        assert torch.allclose(A, exact.diagonal() if options else exact, rtol=1e-5)
+    x = normal(9, 5).float()
+    with pytest.raises(ValueError, match="float32 cannot hold; rescale f, or pass x in float64"): agop(lambda x: x * scale, x)
+    assert torch.allclose(agop(lambda x: x * scale, x.double()), torch.eye(5, dtype=f64) * scale**2, rtol=1e-5)
+
+
+MEASURE = """
+import gc, sys, threading, time, numpy as np, psutil, torch
+import agop_book.agop as module
+from agop_book.kernels import KernelMachine, Laplace
+way, options, dtype, d = sys.argv[1], {k: {"center": True, "diag": True, "probes": 3}[k] for k in sys.argv[2].split()}, getattr(torch, sys.argv[3]), int(sys.argv[4])
+plans, plan = [], module.plan
+module.plan = lambda need, *a, **k: plans.append(plan(need, *a, **k))
+x, W = torch.randn(40, d, dtype=dtype), torch.randn(d, 2, dtype=dtype)
+f = KernelMachine(Laplace(99.0), torch.randn(50, d, dtype=dtype), torch.randn(50, 2, dtype=dtype)) if way == "closed_form" else lambda x: torch.tanh(x @ W)
+module.agop(f, x[:2], diag=True)                               # what is allocated once
+warm = torch.randn(300, 300, dtype=dtype)
+warm = warm @ warm
+plans.clear()
+gc.collect()
+process, running, peak = psutil.Process(), True, [0]
+def watch():
+    while running:
+        peak[0] = max(peak[0], process.memory_info().rss)
+        time.sleep(0.0005)
+before, thread = process.memory_info().rss, threading.Thread(target=watch)
+thread.start()
+A = module.agop(f, x, **options)
+running = False
+thread.join()
+print(plans[0], peak[0] - before)
+"""
+
+
+@pytest.mark.parametrize("way,options,dtype", [("pullbacks", "center", "float32"), ("pullbacks", "probes", "float64"), ("closed_form", "", "float64")])
+def test_the_plan_is_what_the_process_takes(way, options, dtype):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    out = subprocess.run([sys.executable, "-c", MEASURE, way, options, dtype, "5000"], env=env, capture_output=True, text=True, timeout=120, check=True).stdout
+    planned, taken = map(int, out.split())
+    assert taken > 8e7 and 0.97 * taken <= planned <= 1.3 * taken, (planned, taken)
+
+
+def test_memory_is_planned_before_the_work_and_diagonals_pass(monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda device="cpu": 2**30)
+    x, d = torch.zeros(2, 60_000), 60_000
+    fail = lambda x: pytest.fail("it began to work")
+    machine = KernelMachine(Laplace(), torch.ones(2, d), torch.ones(2, 1))
+    for call in (lambda **k: agop(fail, x, **k), lambda **k: agop(machine, x, **k), lambda **k: agop(lambda a: fail(a), x.numpy(), **k)):
+        with pytest.raises(MemoryError, match="AGOP of 60,000 features takes .* GiB.*diag=True"): call()
+    assert agop(lambda x: 2 * x[:, :1], x, diag=True).shape == agop(machine, x, diag=True).shape == (d,)
+    with pytest.raises(MemoryError, match="60,000 features"): AGOP().update(torch.zeros(1, 1, d))
+    with pytest.raises(MemoryError, match="probes"): agop(lambda x: x, normal(9, 6), probes=2**31 - 1)
+
+
 # processes -------------------------------------------------------------------------------------------------------------
 
 WORKER = """
@@ -277,6 +478,45 @@ def test_two_processes_equal_one(two_processes):
     assert (found[-1] - brute(mlp(), x)).norm() < 0.3 * brute(mlp(), x).norm()   # fresh signs differ by process: equal in expectation
     assert torch.allclose(own, agop(mlp(), x[13:]))
     assert torch.allclose(empty, brute(mlp(), x), rtol=1e-5) and torch.allclose(empty_centred, brute(mlp(), x, True), rtol=1e-5)
+
+
+FAILING_WORKER = """
+import sys, time, datetime, torch, torch.distributed as dist
+from torch import nn
+sys.path.insert(0, sys.argv[2])
+from test_agop import mlp, normal
+from agop_book.agop import AGOP, agop, all_or_none
+from agop_book.nfa import nfa
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=25))
+rank, net = dist.get_rank(), nn.Sequential(nn.Linear(6, 3)).double()
+def late(x):                                                   # fails on process 1, at its second batch
+    if rank == 1 and len(x) == 3: raise KeyError("out of luck")
+    return mlp()(x)
+def direct():
+    with all_or_none(): AGOP().update(torch.full((2, 3, 6), float("nan") if rank else 1.0)).all_reduce()
+bad = torch.full((5, 6), float("nan")) if rank == 1 else normal(5, 6)
+found = []
+for call in (lambda: agop(late, normal(13, 6), batch_size=10), lambda: agop(mlp(), bad), lambda: agop(mlp(), normal(5, 6), probes=3 if rank == 0 else -1),
+             lambda: agop(lambda a: mlp()(torch.as_tensor(a)).numpy(), bad.numpy()), direct, lambda: agop(mlp(d=6 + rank), normal(5, 6 + rank)),
+             lambda: nfa(net, bad, progress=False)):
+    start = time.perf_counter()
+    try: call()
+    except Exception as error: found.append(f"{time.perf_counter() - start < 20} {type(error).__name__}: {error}")
+    else: found.append("no error")
+torch.save((found, agop(mlp(), normal(9, 6))), f"{sys.argv[1]}{rank}")
+dist.destroy_process_group()
+"""
+
+
+def test_a_process_that_fails_is_named_by_the_others_at_once(two_processes):
+    path = two_processes(FAILING_WORKER, timeout=60)
+    (first, A), (second, B) = (torch.load(f"{path}{rank}", weights_only=True) for rank in (0, 1))
+    *at_first, by_sizes, by_nfa = first
+    assert all(text.startswith("True RuntimeError: process 1 of 2 failed") for text in [*at_first, by_nfa]), first
+    for text, reason in zip(second, ("KeyError: 'out of luck'", "ValueError: x contains NaN", "ValueError: probes must", "ValueError: x contains NaN", "ValueError: jacobians are not finite", "", "ValueError")):
+        assert text.startswith(f"True {reason}"), second
+    assert "process 0 of 2 failed" in second[5] and "jacobians have 7 features" in by_sizes   # the shared width is 7, the first has 6
+    assert torch.equal(A, B) and torch.allclose(A, brute(mlp(), normal(9, 6)))              # afterwards they still work together
 
 
 # bad input -------------------------------------------------------------------------------------------------------------
@@ -316,7 +556,14 @@ BAD = [
     (lambda: agop(mlp(4), x0, probes=1), ValueError, "at least 2; got 1|at least 2 .*got 1"),
     (lambda: agop(mlp(4), x0, probes=2.5), ValueError, "2.5"),
     (lambda: agop(LinearRegression().fit(x0, x0[:, 0]), x0, probes=4), ValueError, "probes=4"),
-    (lambda: agop(mlp(4), x0, batch_size=0), ValueError, "batch_size"),
+    *[(lambda v=v, n=n: agop(mlp(4), x0, **{n: v}), ValueError, f"{n} must be") for n in ("batch_size", "chunk", "probes") for v in (0, -1, True, 2.0, 2**63, "3")],
+    *[(lambda v=v: agop(lambda a: a, x0.numpy(), step=v), ValueError, "step must be") for v in (True, 0, -1.0, math.nan, math.inf, 1j, "1", [0.1] * 3, np.datetime64("2020-01-01"))],
+    *[(lambda v=v: choose_steps(lambda a: a, x0.numpy(), pilot=v), ValueError, "pilot must be") for v in (0, True, 2**63)],
+    *[(lambda v=v: random_signs(v, torch.Generator()), ValueError, "k must be") for v in (0, True, 2**63)],
+    *[(lambda v=v: AGOP(probes=v), ValueError, "probes must be") for v in (0, 1, True, 2**63)],
+    (lambda: list(pullbacks(mlp(4), x0, chunk=0)), ValueError, "chunk must be"),
+    (lambda: differences(lambda a: a, x0.numpy(), np.zeros(4)), ValueError, "steps must be"),
+    (lambda: agop(lambda a: np.ma.masked_array(a, a > 0), x0.numpy()), TypeError, "masked"),
     (lambda: agop(mlp(4), x0, method="guess"), ValueError, "'guess'"),
     (lambda: agop(mlp(4), x0, method="closed_form"), ValueError, "kernel machine"),
     (lambda: agop(3, x0), TypeError, "got int"),
@@ -334,6 +581,13 @@ BAD = [
     (lambda: matrix_power(torch.eye(2), math.nan), ValueError, "p must"),
     (lambda: top_directions(torch.eye(3), 4), ValueError, "from 1 to 3"),
     (lambda: top_directions(torch.ones(3)), ValueError, "full matrix"),
+    *[(lambda v=v, g=g: g(v), error, f"A .*{words}") for g in (lambda A: matrix_power(A, 0.5), top_directions, lambda A: cosine(A, np.eye(2)), lambda A: pearson(A, np.eye(2))) for v, error, words in (
+        (torch.eye(2) + 0j, TypeError, "complex"), (np.eye(2) + 0j, TypeError, "complex"), (pd.DataFrame(np.eye(2) + 0j), TypeError, "complex"), (np.eye(2) * math.nan, ValueError, "NaN"),
+        (np.ma.masked_array(np.eye(2), np.eye(2) > 0), TypeError, "masked"), (np.full((2, 2), "2020-01-01", "datetime64[D]"), TypeError, "dates"), (pd.DataFrame({"u": ["a", "b"], "v": [1, 2]}), TypeError, "not numbers"),
+        (np.zeros((0, 0)), ValueError, "empty"))],
+    *[(lambda v=v: top_directions(torch.eye(3), v), ValueError, "k must be") for v in (True, 0, 2**63, 1.0)],
+    *[(lambda v=v: matrix_power(torch.eye(3), v), ValueError, "p must be") for v in (True, 1j, "1", math.inf)],
+    (lambda: matrix_power(torch.eye(3).double() * 1e300, 2), ValueError, "overflows"),
     (lambda: cosine(torch.eye(2), torch.eye(3)), ValueError, "agree"),
     (lambda: pearson(torch.eye(2) * math.nan, torch.eye(2)), ValueError, "A contains NaN"),
 ]

@@ -1,12 +1,15 @@
 """The convolutional NTK: kernels against a slow version and stored reference numbers, gradients against autograd, bad input."""
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from agop_book import cntk
+from agop_book import cntk, memory
 from agop_book.cntk import CNTK, Images, patch_agop, window_sum
 
 FIXTURE = Path(__file__).parents[2] / "shared/fixtures/cntk_fixture.npz"
@@ -113,6 +116,75 @@ def test_single_precision_of_images_that_nearly_coincide(noise):
     assert float((CNTK()(x, z) / CNTK()(x.double(), z.double()) - 1).abs().max()) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kernel", [CNTK(2), CNTK(1, padding="zero", pooling=True)], ids=names)
+@pytest.mark.parametrize("metric", [False, True])
+def test_a_pair_does_not_depend_on_the_other_images(kernel, metric, dtype):
+    g = torch.Generator().manual_seed(0)
+    random = lambda *shape: torch.randn(*shape, generator=g, dtype=dtype)
+    x, z, coef, R = random(5, 2, 5, 5), random(4, 2, 5, 5), random(4, 2), random(18, 18)
+    z[1] = x[1] + 1e-4 * random(2, 5, 5)                                              # a pair that owes much to close patches
+    M, tolerance = R @ R.T / 18 if metric else None, 2e-6 if dtype == torch.float32 else 1e-11
+    alone = torch.stack([torch.cat([kernel(x[i:i + 1], z[j:j + 1], M)[0] for j in range(4)]) for i in range(5)])
+    slopes = torch.cat([kernel.gradient(x[i:i + 1], z, coef, M) for i in range(5)])
+    own = kernel(x[1:], M=M)
+    for scale in (1e2, 1e6, 1e12, 1e-12):
+        X, Z = x.clone(), z.clone()
+        X[0] *= scale
+        Z[0] *= scale
+        assert float((kernel(X, Z, M)[1:, 1:] / alone[1:, 1:] - 1).abs().max()) < tolerance
+        assert float((kernel(X, M=M)[1:, 1:] / own - 1).abs().max()) < tolerance
+        assert relative(kernel.gradient(X, z, coef, M)[1:], slopes[1:]) < 2e-6
+        assert relative(patch_agop(kernel, X, z, coef, M), torch.einsum("ncpq,ncpr->qr", *[kernel.gradient(X, z, coef, M)] * 2) / 5) < 1e-5
+
+
+def test_the_largest_images_that_single_precision_holds_are_right():
+    x = torch.rand(2, 1, 8, 8)
+    for scale in (1e-12, 1e14): assert torch.allclose(CNTK()(x * scale).double() / scale**2, CNTK()(x.double()), rtol=1e-5)
+
+
+MEASURE = """
+import gc, sys, threading, time, psutil, torch
+import agop_book.cntk as module
+from agop_book.cntk import CNTK, patch_agop
+what, n, m, size = sys.argv[1], *map(int, sys.argv[2:])
+plans, plan = [], module.plan
+module.plan = lambda need, *a, **k: plans.append(plan(need, *a, **k))
+calls = {"gram": lambda x, z: CNTK()(x, z), "symmetric": lambda x, z: CNTK()(x), "agop": lambda x, z: patch_agop(CNTK(), x, z, torch.rand(len(z), 1))}
+calls[what](torch.rand(2, 3, 9, 9), torch.rand(2, 3, 9, 9))
+x, z = torch.rand(n, 3, size, size), torch.rand(m, 3, size, size)
+plans.clear()
+gc.collect()
+process, running, peak = psutil.Process(), True, [0]
+def watch():
+    while running:
+        peak[0] = max(peak[0], process.memory_info().rss)
+        time.sleep(0.0005)
+before, thread = process.memory_info().rss, threading.Thread(target=watch)
+thread.start()
+calls[what](x, z)
+running = False
+thread.join()
+print(max(plans), peak[0] - before)
+"""
+
+
+@pytest.mark.parametrize("what,n,m,size", [("gram", 1, 1, 700), ("symmetric", 40, 40, 96), ("agop", 2, 2, 400)])
+def test_the_plan_is_what_the_process_takes(what, n, m, size):
+    out = subprocess.run([sys.executable, "-c", MEASURE, what, *map(str, (n, m, size))], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120, check=True).stdout
+    planned, taken = map(int, out.split())
+    assert taken > 5e7 and 0.97 * taken <= planned <= 1.35 * taken, (planned, taken)
+
+
+def test_images_too_large_for_memory_are_refused_before_the_work(monkeypatch):
+    x = torch.rand(1, 3, 1024, 1024)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2**27)
+    monkeypatch.setattr(CNTK, "patches", lambda *args: pytest.fail("it began to work"))
+    with pytest.raises(MemoryError, match="1 and 1 images of 1024 x 1024 pixels.*smaller images"): CNTK()(x)
+    with pytest.raises(MemoryError, match="gradients of 1 outputs at 1 images of 1024 x 1024"): patch_agop(CNTK(), x, x, torch.ones(1, 1))
+    with pytest.raises(MemoryError): CNTK(1, 100_001, padding="zero")(x[:, :, :8, :8])
+
+
 def test_many_tiles_give_what_one_tile_gives(monkeypatch):
     x, z = torch.rand(37, 2, 9, 8, dtype=torch.float64), torch.rand(23, 2, 9, 8, dtype=torch.float64)
     K, L, g = CNTK(2)(x, z), CNTK(2)(x), CNTK(2).gradient(x, z, torch.ones(23))
@@ -198,7 +270,18 @@ def test_reference_patch_agop(name):
 
 
 BAD = [
-    (lambda: CNTK(depth=0), "depth must be an integer of at least 1, got 0"),
+    *[(lambda v=v: CNTK(depth=v), "depth must be an integer of at least 1 and below 2\\*\\*31, got") for v in (0, True, 2.0, 2**63)],
+    *[(lambda v=v: CNTK(patch_size=v), "patch_size must be") for v in (-1, True, 2**63 + 1)],
+    *[(lambda v=v: CNTK(pooling=v), "pooling must be True or False") for v in (1, "False", None)],
+    *[(lambda x=x: CNTK()(x), "x reaches 1e.*overflows.*rescale it") for x in (torch.full((2, 1, 8, 8), 1e20), torch.full((2, 1, 8, 8), 1e17), np.full((2, 1, 8, 8), 1e160))],
+    (lambda: CNTK()(torch.rand(2, 1, 8, 8), torch.full((2, 1, 8, 8), 1e20)), "z reaches 1e"),
+    (lambda: CNTK()(torch.rand(2, 1, 8, 8), M=torch.eye(9).double() * 1e36), "x reaches .*overflows"),
+    (lambda: CNTK(40, padding="zero")(torch.rand(2, 1, 8, 8)), "depth=40 .*overflows torch.float32.*or pass it in float64"),
+    (lambda: CNTK(2**31 - 1, padding="zero")(torch.rand(2, 1, 8, 8).double()), "depth=2147483647 .*overflows"),
+    (lambda: CNTK()(torch.stack([torch.rand(1, 8, 8), torch.full((1, 8, 8), 1e-25)])), "x holds an image of at most 1e-25.*vanishes"),
+    (lambda: patch_agop(CNTK(), torch.rand(2, 1, 8, 8), torch.full((3, 1, 8, 8), 1e20), torch.rand(3)), "centers reaches 1e"),
+    (lambda: patch_agop(CNTK(), torch.rand(2, 1, 8, 8), torch.rand(3, 1, 8, 8), torch.full((3, 1), 1e30)), "squares of the gradients overflow"),
+    (lambda: CNTK().gradient(torch.rand(2, 1, 8, 8), torch.rand(3, 1, 8, 8) * 1e10, torch.full((3, 1), 1e30)), "gradients overflow"),
     (lambda: CNTK(patch_size=4), "patch_size must be odd, got 4"),
     (lambda: CNTK(padding="same"), "padding must be .* got 'same'"),
     (lambda: CNTK()(torch.rand(2, 3, 6, 9)), "x holds images of 6 x 9 pixels.*at least 7 x 7"),
@@ -218,8 +301,11 @@ def test_bad_input(call, message):
 
 
 def test_more_pairs_than_memory(monkeypatch):
-    monkeypatch.setattr(cntk, "free_memory", lambda device: 100)
-    with pytest.raises(MemoryError, match="6 and 6 images takes.*Pass float32 images"): CNTK()(torch.rand(6, 1, 8, 8))
+    monkeypatch.setattr(memory, "free_memory", lambda device: 100)
+    x = torch.rand(6, 1, 8, 8)
+    with pytest.raises(MemoryError, match="6 and 6 images of 8 x 8 pixels, in 32-bit numbers, takes.*Pass float32 images"): CNTK()(x)
+    for call in (CNTK().gradient, CNTK().image_gradient, lambda *args: patch_agop(CNTK(), *args)):
+        with pytest.raises(MemoryError, match="gradients of 2 outputs at 6 images of 8 x 8 pixels"): call(x, x, torch.rand(6, 2))
 
 
 def test_only_large_calls_ask_for_the_compiler_and_without_one_stay_as_they_are(monkeypatch):

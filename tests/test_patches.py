@@ -37,7 +37,8 @@ def test_one_direction_is_an_eigenvector_applied_to_patches(net, x):
     assert torch.allclose(op.matrix @ v, shares[1] * op.matrix.trace() * v, atol=1e-10)
     direct = (v @ F.unfold(x.double(), 3, padding=1, stride=2)).abs()
     assert torch.allclose(op.see(x, 1, resize=False).flatten(1).double(), direct, rtol=1e-4, atol=1e-6)
-    with pytest.raises(ValueError, match="direction=27.*0 to 26"): op.see(x, 27)
+    for bad in (27, 2**63, True, 1.0):
+        with pytest.raises(ValueError, match=f"direction={bad}.*0 to 26"): op.see(x, bad)
 
 
 def test_grouped_convolutions():
@@ -49,6 +50,69 @@ def test_grouped_convolutions():
     u = F.unfold(hidden, 3).double()
     direct = torch.einsum("npj,pq,nqj->nj", u, op.matrix, u).sqrt()
     assert op.shape == (4, 3, 3) and torch.allclose(op.see(x, resize=False).flatten(1).double(), direct, rtol=1e-3)
+
+
+def by_hand(u, conv, matrix):
+    "sqrt(u^T matrix u) for every patch: pad as the layer does, cut out the patches one by one."
+    height, width = ([d * (k - 1) // 2, d * (k - 1) - d * (k - 1) // 2] if conv.padding == "same" else [0, 0] if conv.padding == "valid" else [p, p]
+                     for p, d, k in zip((0, 0) if isinstance(conv.padding, str) else conv.padding, conv.dilation, conv.kernel_size))
+    index = {"circular": lambda i, n: i % n, "reflect": lambda i, n: n - 1 - abs(n - 1 - abs(i)), "replicate": lambda i, n: min(max(i, 0), n - 1), "zeros": lambda i, n: i if 0 <= i < n else None}[conv.padding_mode]
+    (h, w), rows = u.shape[2:], []
+    reach = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size)]
+    for i in range(-height[0], h + height[1] - reach[0], conv.stride[0]):
+        for j in range(-width[0], w + width[1] - reach[1], conv.stride[1]):
+            at = [(index(i + a * conv.dilation[0], h), index(j + b * conv.dilation[1], w)) for a in range(conv.kernel_size[0]) for b in range(conv.kernel_size[1])]
+            patch = torch.stack([u.new_zeros(u.shape[:2]) if None in (y, x) else u[:, :, y, x] for y, x in at], 2).flatten(1)
+            rows.append((patch @ matrix * patch).sum(1).sqrt())
+    return torch.stack(rows, 1)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "circular", "reflect", "replicate"])
+@pytest.mark.parametrize("options", [dict(padding=2), dict(padding="same", dilation=(1, 2)), dict(padding=(2, 0), stride=(2, 1)), dict(padding=1, groups=3, stride=2), dict(padding="valid")], ids=str)
+def test_a_view_pads_as_its_layer_does(mode, options):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 6, (3, 2), padding_mode=mode, **options)
+    model, x = nn.Sequential(conv, nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2)).double().eval(), torch.rand(2, 3, 7, 6)
+    R = torch.randn(18, 3, dtype=torch.float64)
+    op = patches.PatchOperator("0", model, conv, R @ R.T)
+    state = torch.random.get_rng_state()
+    seen = op.see(x, resize=False)
+    assert torch.equal(state, torch.random.get_rng_state()) and seen.shape[1:] == conv(x.double()).shape[2:]
+    assert torch.allclose(seen.flatten(1).double(), by_hand(x.double(), conv, R @ R.T), rtol=1e-5)
+
+
+def test_a_layer_that_is_called_by_keyword():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 2, 3)
+        def forward(self, x): return self.conv(input=x).mean((2, 3))
+    net, R, x = Named().double().eval(), torch.rand(2, 27, dtype=torch.float64), torch.rand(1, 3, 5, 5)
+    op = patches.PatchOperator("conv", net, net.conv, R.T @ R)
+    assert torch.allclose(op.see(x, resize=False).flatten(1).double(), (R @ F.unfold(x.double(), 3)).norm(dim=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [torch.rand, np.random.default_rng(0).random])
+def test_three_axes_are_one_picture_or_a_question(make):
+    size = lambda *s: make(*s) if make is torch.rand else make(s)
+    assert as_photos(size(3, 9, 8)).shape == (1, 3, 9, 8)                            # torchvision's convention
+    for n in (3, 4):
+        with pytest.raises(ValueError, match=rf"images has shape \({n}, 9, 8\): one picture of {n} channels, or {n} grey ones.*images\[None\].*images\[:, None\]"): as_photos(size(n, 9, 8), 1)
+    x = size(3, 9, 8)
+    assert as_photos(x[:, None], 1).shape == (3, 1, 9, 8) and as_photos(x[None], 1).shape == (1, 1, 9, 8)
+    assert np.allclose(as_photos(x[:, None], 1)[1, 0], x[1])
+    for shape in ((9, 8), (1, 9, 8)): assert as_photos(size(*shape), 1).shape == (1, 1, 9, 8)
+    with pytest.raises(ValueError, match=r"batch of grey images pass images\[:, None\]"): as_photos(size(5, 9, 8), 1)
+
+
+def test_grey_batches_reach_a_grey_network():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2 * 7 * 6, 1)).eval()
+    x = torch.rand(3, 9, 8)
+    with pytest.raises(ValueError, match="or 3 grey ones"): patch_operators(net, x)
+    op = patch_operators(net, x[:, None])["0"]
+    assert op.see(x[:, None]).shape == (3, 9, 8)
+    with pytest.raises(ValueError, match="or 3 grey ones"): op.see(x)
 
 
 def test_the_network_is_left_as_it_was(net, x):
@@ -74,6 +138,11 @@ def test_transparent_is_white_and_files_are_read(tmp_path):
 @pytest.mark.parametrize("image, message", [(np.zeros(5), "shape"), (np.zeros((2, 5, 5)), "1, 3 or 4 channels"), (np.full((5, 5), 200.0), "divide by 255"), (np.full((5, 5), np.nan), "values")])
 def test_bad_photographs(image, message):
     with pytest.raises(ValueError, match=message): as_photos(image)
+
+
+@pytest.mark.parametrize("image", [np.ones((5, 5)) * 1j, torch.ones(5, 5) * 1j, np.ma.masked_array(np.ones((5, 5)), np.eye(5)), np.full((5, 5), "2020", "datetime64[D]")])
+def test_what_is_no_photograph(image):
+    with pytest.raises(TypeError, match="images (holds|has)"): as_photos(image)
 
 
 def test_photographs_too_small_for_a_layer(net, x):

@@ -1,4 +1,6 @@
 
+import warnings
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,7 +14,11 @@ from sklearn.utils.estimator_checks import check_estimator
 pytest.importorskip("kymatio", reason="the wavelets come from kymatio")
 from kymatio.scattering2d.frontend.torch_frontend import ScatteringTorch2D
 
+from safetensors.numpy import save_file
+
+from agop_book import memory
 from agop_book.data import load
+from agop_book.files import load_arrays, save_arrays
 from agop_book.kernels import KERNELS, KernelMachine, Laplace, Matern52, Side
 from agop_book.rfm import RFMRegressor
 from agop_book.scattering import MapRFMClassifier, MapRFMRegressor, MapScaler, RowSpan, Scattering, gradient_gram, map_rounds, paths, scatter, wavelet_disk, weigh
@@ -85,6 +91,39 @@ def test_families_and_dtypes(tmp_path):
     assert list(frame.columns[:2]) == ["c0 S0 y0 x0", "c0 S0 y0 x1"] and np.allclose(frame, S, atol=1e-6)
 
 
+def test_a_cache_file_is_believed_only_if_it_is_this_result(tmp_path):
+    x, other = IMAGES[:6], IMAGES[6:12]
+    s = Scattering(cache=tmp_path).fit(x)
+    S = s.transform(x)
+    file = next(tmp_path.iterdir())
+    good = file.read_bytes()
+    _, about = load_arrays(file)
+    s.transform(other)
+    foreign = next(f for f in tmp_path.iterdir() if f != file).read_bytes()
+    flipped = bytearray(good)
+    flipped[-5] ^= 4                                                                    # one bit of one coefficient
+    plain = tmp_path / "plain"
+    save_file({"coefficients": S + 1}, plain)                                           # the right shape, without a checksum
+    written = {"foreign": foreign, "flipped": bytes(flipped), "plain": plain.read_bytes(), "cut": good[:100], "empty": b""}
+    for name, arrays, what in (("rows", {"coefficients": S[:3]}, about), ("dtype", {"coefficients": S.astype(np.float64)}, about), ("not finite", {"coefficients": S * np.nan}, about),
+                               ("another key", {"coefficients": S + 1}, {**about, "key": "0"}), ("another name", {"c": S}, about), ("more", {"coefficients": S, "c": S}, about)):
+        save_arrays(plain, arrays, what)
+        written[name] = plain.read_bytes()
+    for name, content in written.items():
+        file.write_bytes(content)
+        with pytest.warns(UserWarning, match="computing its coefficients again"): assert np.array_equal(s.transform(x), S), name
+        assert np.array_equal(load_arrays(file)[0]["coefficients"], S), name            # and is repaired
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(s.transform(x), S)
+
+
+def test_memory_is_planned(monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda device="cpu": 2**26)
+    for options, x in (({"L": 2000}, IMAGES), ({"batch_size": 2**31 - 1}, IMAGES.repeat(50, 0)), ({"J": 3}, np.zeros((1, 1, 1024, 1024), np.float32))):
+        with pytest.raises(MemoryError, match="the scattering of .* images of .* fewer or smaller images"): Scattering(**options).fit(x)
+
+
 def test_colours_and_names():
     x = np.random.default_rng(0).random((4, 3, 12, 8), dtype=np.float32)
     s = Scattering(J=2, L=4).fit(x)
@@ -95,6 +134,7 @@ def test_colours_and_names():
 
 
 BAD = [({"J": 0}, IMAGES, "J must be an integer of at least 1"), ({"J": 2.0}, IMAGES, "J must be"), ({"L": -1}, IMAGES, "L must be"), ({"order": 0}, IMAGES, "order must be 1 or 2"), ({"order": True}, IMAGES, "order must be"),
+       *[({name: value}, IMAGES, f"{name} must be") for name in ("J", "L", "batch_size") for value in (2**63, True, -1, 1.0, "2")], ({"J": 2**31 - 1}, IMAGES, r"J=2147483647 needs images of at least 2\^2147483647"),
        ({"batch_size": 0}, IMAGES, "batch_size"), ({"cache": 3}, IMAGES, "cache must be None or a folder"), ({"device": "tpu"}, IMAGES, "device='tpu'"), ({"image_shape": (16, 16)}, IMAGES, "image_shape must be"),
        ({"image_shape": (3, 16, 16)}, IMAGES, "image_shape is"), ({"J": 5}, IMAGES, r"J=5 needs images of at least 32 x 32 pixels, X holds 16 x 16; take J <= 4"), ({"J": 1}, IMAGES[:, :, :1], "enlarge"),
        ({}, IMAGES.reshape(160, -1), "rows need image_shape"), ({}, IMAGES[:, 0], r"pass X\[:, None\]"), ({}, np.full_like(IMAGES, np.nan), "NaN"), ({}, IMAGES * 1j, "Complex"), ({}, IMAGES[:0], "minimum of 1")]

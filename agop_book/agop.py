@@ -149,9 +149,14 @@ def _pull(y, x, v):
     return x.new_zeros(len(v), *x.shape) if g is None else g.detach()
 
 # %% ../nbs/02_agop.ipynb #84d5932c
+import random
+
+
 def _outputs(f, x):
     "f(x) as `(b, c)`, or an error that says what is wrong with it."
+    before = _chance()
     y = f(x)
+    if _chance() != before: _refuse_chance(f, lambda: f(x), y)
     if not isinstance(y, torch.Tensor):
         raise TypeError(f"f returned {type(y).__name__}, not a tensor. Pick one tensor, as in lambda x: f(x).logits; for f made of numpy pass x as numpy (finite differences).")
     if not y.is_floating_point(): raise TypeError(f"f returned dtype {y.dtype}; gradients need real floating outputs (scores, not labels).")
@@ -170,6 +175,28 @@ def _check_mode(f):
         if batchnorm and (m.training or m.running_mean is None) or m.training and (dropout and m.p or getattr(m, "dropout", 0) and isinstance(m, (torch.nn.RNNBase, torch.nn.MultiheadAttention))):
             raise ValueError(f"f has {type(m).__name__} ({name or 'f itself'}) " + ("in training mode; call f.eval() first." if m.training else "without running statistics; samples depend on each other.")
                              + (" In training mode it mixes samples." if batchnorm else " In training mode it is another function at every call."))
+
+
+def _chance():
+    "The state of every global source of random numbers: it moves when a network draws from one."
+    named, keys, *at = np.random.get_state()
+    state = [torch.get_rng_state().numpy().tobytes(), random.getstate(), keys.tobytes(), at]
+    if torch.cuda.is_initialized(): state.append(torch.cuda.get_rng_state().numpy().tobytes())
+    return state
+
+
+def _refuse_chance(f, again, y):
+    "ValueError for a function that drew random numbers for `y`: in training mode, or where a second call, `again()`, differs."
+    owner = getattr(f, "__self__", f)
+    modules = owner.modules() if isinstance(owner, torch.nn.Module) else ()
+    if any(m.training for m in modules):
+        raise ValueError(f"{type(owner).__name__} draws random numbers in training mode (dropout, stochastic depth, noise); call "
+                         ".eval() first. In training mode it is another function at every call.")
+    with torch.no_grad(): other = again()
+    near = 1e-3 * float(y.detach().abs().max()) if y.numel() else 0
+    if not torch.allclose(other.double(), y.double(), rtol=0, atol=near, equal_nan=True):
+        raise ValueError("f draws random numbers and gives other values at every call: it is no function of its input. "
+                         "Fix its noise (a generator with a seed, or the mean instead of a sample).")
 
 # %% ../nbs/02_agop.ipynb #f8f658b5
 def random_signs(k: int,              # probes

@@ -192,6 +192,8 @@ def _product(x, w, lx, lw, ly, kind="", scale=1):
     inner = [c for c in lw if c in lx and c not in ly]
     both = [c for c in lw if c in lx and c in ly]
     outer = [c for c in lw if c not in lx and c in ly]
+    copied = [c for c, n, step in zip(lw, w.shape, w.stride()) if n > 1 and step == 0 and c in both]    # expanded
+    size |= dict.fromkeys(copied, 1)
     batch, aligned = [c for c in both if size[c] > 1], True
     if not inner or len(inner + both + outer) < len(lw) or batch and w.ndim < 3: return None
     if not batch and w.ndim > 2 and len(outer) > 1 and outer[0] == lw[0]:
@@ -205,6 +207,7 @@ def _product(x, w, lx, lw, ly, kind="", scale=1):
         return [labels.index(c) for c in (*batch, *rest, *last)]
     turn = [lw.index(c) for c in (*ones, *batch, *outer, *inner)]
     def matrix(W):
+        for c in copied: W = W.narrow(lw.index(c), 0, 1)
         W = W.permute(turn).reshape(e, 1, o, i)
         return W if scale == 1 else W * scale
     inside = _rows(order(lx, inner), e, i) if same and not alone else None
@@ -498,10 +501,14 @@ class Watch(TorchFunctionMode):
             for t in outs: self._tell(t, self._narrow(t, parts))
 
     def _meet(self, name, found, outs):
-        for part in [part for made in found if made is not DATA for part, _ in made]:
-            self.met.setdefault(part, set()).add(name)
+        "What came out depends on the data, unless the data only chose a view: expert 3 of a parameter is still a weight."
+        parts = [part for made in found if made is not DATA for part, _ in made]
         for t in outs:
-            if not t.requires_grad: self._tell(t, DATA)
+            if t.requires_grad: continue
+            views = [part for part in parts if _shares_memory(t, self.parts[part])]
+            self._tell(t, ((views[0], box_of(self.parts[views[0]], t)),) if views else DATA)
+            if views: parts.remove(views[0])
+        for part in parts: self.met.setdefault(part, set()).add(name)
 
     def _narrow(self, t, parts):
         "The same parameters, with the box that `t` shows if it is a view of one."
@@ -546,7 +553,7 @@ class Watch(TorchFunctionMode):
         tap.used = True
         if tap.why == "left out": return t
         if not torch.is_grad_enabled():
-            tap.why = "runs under torch.no_grad"
+            tap.why = "runs under torch.no_grad, or in a function with a backward of its own"
             return t
         if not t.requires_grad: t = t.detach().requires_grad_()
         if tap.inner: t = t.view_as(t)
@@ -944,7 +951,7 @@ def coverage(watch,           # after the sweep: its taps hold their sums
         if watch.only is not None and not any(name in tap.covers for tap in watch.taps if tap.why != "left out"): continue
         got = sum(math.prod(b - a for a, b in box) * share for box, share in seen.get(name, {}).items())
         total += p.numel()
-        if got < p.numel(): left[name] = (p.numel() - round(got), _why(watch, name))
+        if got < p.numel(): left[name] = (p.numel() - round(got), _why(watch, name, got))
     return Covered(1 - sum(n for n, _ in left.values()) / total if total else 1.0, left)
 
 
@@ -968,11 +975,14 @@ def _is_table(watch, name, p):
     return bool(met) and met <= TABLES
 
 
-def _why(watch, name):
+def _why(watch, name, got):
     "Why a parameter is left out."
     taps = [tap for tap in watch.taps if name in tap.covers]
     if (reason := next((tap.why for tap in taps if tap.why), "")): return reason
-    if any(tap.used for tap in taps): return "no gradient flows back to it"
+    if (stack := next((tap for tap in taps if tap.used and tap.experts), None)) is not None:
+        hit = sum(bool(sum(s[:, e].any() for s in stack.sums)) for e in range(stack.experts))
+        return f"gradients reach {hit} of {stack.experts} experts"
+    if any(tap.used for tap in taps): return f"no gradient flows back to {'all of ' if got else ''}it"
     met = sorted(watch.met.get(name, set()) - TABLES)
     return f"used by {', '.join(met)}, which is not read" if met else "not used"
 
@@ -985,7 +995,7 @@ def watching(model,         # nn.Module
              only=None      # regular expression of site names
              ):             # -> Watch
     "The watch over a model, its layers planned; the model is as before when it ends."
-    with _LOCK, ExitStack() as stack:
+    with _LOCK, torch.inference_mode(False), ExitStack() as stack:
         bad = next((n for n, p in model.named_parameters() if p.is_inference()), None)
         if bad: raise ValueError(f"parameter {bad!r} was made under torch.inference_mode; copy the model outside of it.")
         wanted = [p for p in model.parameters() if p.requires_grad]

@@ -62,10 +62,15 @@ def _tensor(y):
     raise TypeError(f"the model returned {type(y).__name__} without a floating tensor; pass output=lambda y, batch: the tensor to differentiate.")
 
 
-def _outputs(model, batch, output):
-    "What is pulled back: `(samples, c)`, or a scalar."
+def _call(model, batch, output):
+    "What the model, and the caller's function of it, make of a batch."
     y = model(**batch) if isinstance(batch, Mapping) else model(batch[0] if isinstance(batch, tuple) else batch)
-    if callable(output): y = output(y, batch)
+    return output(y, batch) if callable(output) else y
+
+
+def _outputs(y, batch, output):
+    "What is pulled back: `(samples, c)`, or a scalar."
+    if callable(output): pass
     elif output == "loss":
         y = y.get("loss") if isinstance(y, Mapping) else None
         if y is None: raise ValueError("output='loss' needs a model that returns a loss (with labels in the batch); else pass output=lambda y, batch: loss.")
@@ -108,6 +113,7 @@ class _Sweep:
         self.probes, self.generator, self.device = probes, generator, device
         self.counts = [0.0] * (2 if probes else 1)      # samples (x probes) in each group
         self.single = False                             # one sample at a time
+        self.taps = None                                # marked in the last forward pass
 
     def run(self, batch, bar, start=0, copies=None):
         "Add what the outputs (or probes) from `start` on send back for one batch; a part of it at a time where memory ends."
@@ -135,7 +141,7 @@ class _Sweep:
         y = self._forward(_repeat(batch, copies or 1))
         bar.total = total = self.probes or (y.shape[1] if y.ndim else 1)
         if copies is None:
-            copies = _copies(y, self.watch.taps, total, self.probes)
+            copies = _copies(y, self.taps, total, self.probes)
             if copies > 1: y = self._forward(_repeat(batch, copies))
         if self._shared(y): raise _Shared
         yield start, copies
@@ -152,14 +158,16 @@ class _Sweep:
 
     def _forward(self, batch):
         "The outputs of one batch, with every tap marked."
-        watch, before = self.watch, _chance()
-        with torch.inference_mode(False), torch.enable_grad(), watch.listening(batch): y = _outputs(self.model, batch, self.output)
-        if _chance() != before: _refuse_chance(self.model, lambda: _outputs(self.model, batch, self.output), y)
+        watch, before = self.watch, _chance() if self.taps is None else None
+        with torch.inference_mode(False), torch.enable_grad(), watch.listening(batch): y = _call(self.model, batch, self.output)
+        with torch.inference_mode(False), torch.enable_grad(): y = _outputs(y, batch, self.output)
+        if before is not None and _chance() != before: _refuse_chance(self.model, lambda: _outputs(_call(self.model, batch, self.output), batch, self.output), y)
         if not watch.taps: raise ValueError(f"model {type(self.model).__name__} has no linear, convolutional, attention or recurrent weight to compare.")
         if not y.requires_grad: raise ValueError("no gradient path from the outputs back to any weight: look for detach, no_grad, argmax or numpy in the model or in output.")
         if not torch.isfinite(y).all(): raise ValueError(_blame(self.model, batch))
         unseen_codes(watch)
         self.open()
+        self.taps = [tap for tap in watch.taps if tap.uses]
         return y
 
     def open(self):
@@ -179,12 +187,11 @@ class _Sweep:
 
     def _pull(self, y, copies, start, live, last):
         "One pull-back; the outer products of all taps are there before any is added, because memory may end between them."
-        taps = [tap for tap in self.watch.taps if tap.uses]
         half = 2.0**10 if y.dtype == torch.float16 else 1.0    # small gradients would vanish in half precision
         v = half * _seeds(y, copies, start, live, self.generator)
-        edges = [edge for tap in taps for edge, _ in tap.uses]
+        edges = [edge for tap in self.taps for edge, _ in tap.uses]
         grads = iter(torch.autograd.grad(y, edges, v, retain_graph=not last, allow_unused=True))
-        parts = [(tap, tap.outer(list(islice(grads, len(tap.uses))))) for tap in taps]
+        parts = [(tap, tap.outer(list(islice(grads, len(tap.uses))))) for tap in self.taps]
         for tap, part in parts: tap.add(part, self._group, half**-2)
 
 

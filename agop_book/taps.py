@@ -175,6 +175,9 @@ def reads(*names):
     return keep
 
 
+def _last_axis(g): return [(0, 1, g.reshape(1, -1, g.shape[-1]))] if g.numel() else []
+
+
 def _pick(args, kwargs, at, *names):
     "An argument by its position or one of its names."
     return args[at] if at < len(args) else next((kwargs[n] for n in names if n in kwargs), None)
@@ -215,9 +218,9 @@ def _product(x, w, lx, lw, ly, kind="", scale=1):
 
 
 def _either(a, b, la, lb, ly, kind="", scale=1):
-    "Both readings of a product of two tensors."
-    acts = _product(a, b, la, lb, ly, kind, scale), _product(b, a, lb, la, ly, "", scale)
-    return [act for act in acts if act is not None]
+    "Both readings of a product of two tensors, the second only where the first is not taken."
+    yield _product(a, b, la, lb, ly, kind, scale)
+    yield _product(b, a, lb, la, ly, "", scale)
 
 
 LETTERS = "abcdefghijklmnopqrstuv"
@@ -226,8 +229,9 @@ LETTERS = "abcdefghijklmnopqrstuv"
 @reads("linear")
 def _linear(args, kwargs):
     x, w = _pick(args, kwargs, 0, "input"), _pick(args, kwargs, 1, "weight")
+    if w.ndim == 2: yield Act(w, x, lambda W: W[None, None], _last_axis, _last_axis, "linear")
     many = LETTERS[:x.ndim - 1]
-    return _either(x, w, many + "y", "zy"[-w.ndim:], many + "z"[:w.ndim - 1], kind="linear")
+    yield from _either(x, w, many + "y", "zy"[-w.ndim:], many + "z"[:w.ndim - 1], kind="linear")
 
 
 @reads("matmul", "mm", "bmm", "mv")
@@ -320,8 +324,7 @@ def _conv_transpose(args, kwargs):
 @reads("bilinear")
 def _bilinear(args, kwargs):
     x, w = _pick(args, kwargs, 0, "input1"), _pick(args, kwargs, 2, "weight")
-    def rows(g): return [(0, 1, g.reshape(1, -1, g.shape[-1]))]
-    return [Act(w, x, lambda W: W.flatten(1)[None, None], rows, None, "bilinear")]
+    return [Act(w, x, lambda W: W.flatten(1)[None, None], _last_axis, None, "bilinear")]
 
 
 @reads("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
@@ -410,9 +413,6 @@ def _portable(tap):
     return {"weights": weights, **{k: getattr(tap, k) for k in ("name", "blocks", "inner", "covers", "experts", "used", "why")}}
 
 
-def _last_axis(g): return [(0, 1, g.reshape(1, -1, g.shape[-1]))]
-
-
 def _shifted(rows, by):
     "The rows of one expert of a stack."
     def shifted(g): return [(first + by, end + by, z) for first, end, z in rows(g)]
@@ -436,7 +436,8 @@ class Watch(TorchFunctionMode):
         self.base |= {id(p): (weakref.ref(p), ((n, whole(p)),)) for n, p in self.parts.items()}
         self.storages = {p.untyped_storage().data_ptr(): n for n, p in self.parts.items() if _plain(p)}
         self.planned, self.found = [], []       # taps of layers; of parameters that are used elsewhere
-        self.by_part, self.undo = {}, []
+        self.by_part, self.undo = {}, []        # parameter -> taps of its layers; what is to be put back
+        self.sure = {}                          # (id of a parameter, kind of call) -> its only tap
         self.closed = None                      # a layer that marks its output as a whole, and hides its parts
         self.met = {}                           # parameter -> functions in which it meets data
         self.learning, self.owner = True, threading.get_ident()
@@ -521,7 +522,7 @@ class Watch(TorchFunctionMode):
     def _weight_in(self, acts):
         "(act, what its weight is made of, whether samples may share its input); None where no weight acts."
         for act in acts:
-            parts = self._weight_of(act.weight)
+            parts = None if act is None else self._weight_of(act.weight)
             if not parts or parts is DATA: continue
             x = self._made_of(act.x)
             if x is DATA: return act, parts, False
@@ -568,10 +569,14 @@ class Watch(TorchFunctionMode):
 
     def _tap(self, act, parts):
         "The tap of a weight, and the number of its expert."
+        sure = self.sure.get((id(act.weight), act.kind))
+        if sure is not None: return sure, 0
         taps = [tap for part, _ in parts for tap in self.by_part.get(part, ())]
         M = act.matrix(numbers_of(act.weight))
         for tap in [tap for tap in self.inside[::-1] if tap in taps] + taps:
-            if self._is_planned(tap, act, parts, M): return tap, 0
+            if not self._is_planned(tap, act, parts, M): continue
+            if len(taps) == 1 and self.parts[parts[0][0]] is act.weight: self.sure[id(act.weight), act.kind] = tap
+            return tap, 0
         return self._discover(act, M, parts)
 
     def _is_planned(self, tap, act, parts, M):
@@ -917,6 +922,7 @@ def plan_sums(taps,              # of one sweep
     largest = sorted(taps, key=sizes.get, reverse=True)[:3]
     names = ", ".join(f"{t.name} ({sizes[t] / 2**30:.1f} GiB)" for t in largest)
     try:
+        if need < 2**24: return need             # not worth asking
         return plan(need, f"The sums of nfa over {len(taps)} weights (the largest: {names})",
                     "Leave the largest out with only='a regular expression of site names', or take a device with more.",
                     device=device)

@@ -617,10 +617,10 @@ def test_the_sums_are_planned_before_the_work(monkeypatch):
     class Late(nn.Module):
         def __init__(self):
             super().__init__()
-            self.W = nn.Parameter(torch.randn(900, 800))
+            self.W = nn.Parameter(torch.randn(1900, 1800))
         def forward(self, x): return torch.tanh(x @ self.W)
     monkeypatch.setattr("agop_book.taps.plan", lambda *a, **k: agop_book.memory.plan(*a, **{**k, "limit": 2**22}))
-    with pytest.raises(MemoryError, match=r"the largest: W"): nfa(Late(), torch.randn(3, 900), **FEW)
+    with pytest.raises(MemoryError, match=r"the largest: W"): nfa(Late(), torch.randn(3, 1900), **FEW)
 
 
 def test_one_model_from_several_threads():

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROLES', 'WIDTHS', 'COUNTS', 'READERS', 'LETTERS', 'DATA', 'LIKE', 'TABLES', 'row_blocks', 'Tap', 'Act', 'reads',
            'conv_matrix', 'transposed_matrix', 'whole', 'box_of', 'box_name', 'tensors_in', 'Watch', 'numbers_of',
-           'plan_taps', 'unseen_codes', 'plan_sums', 'TooLarge', 'Covered', 'coverage', 'watching']
+           'plan_taps', 'asked_numbers', 'unseen_codes', 'plan_sums', 'TooLarge', 'Covered', 'coverage', 'watching']
 
 # %% ../nbs/97_taps.ipynb #fb1f76e3
 import math
@@ -743,13 +743,24 @@ def _plan_matrix(module, name, watch, form, kind):
 def _plan_codes(module, name, watch):
     "Whether the weight is quantised; plan it by its numbers where the layer gives them."
     if not any(n.rpartition(".")[0] == name for n in watch.codes): return False
-    if not hasattr(module, "dequantize"): return True          # seen when it acts, or refused by `unseen_codes`
-    numbers = module.dequantize().detach()
+    numbers = asked_numbers(module)
+    if numbers is None: return True                            # seen when it acts, or refused by `unseen_codes`
     blocks = row_blocks(name, module, watch.modules.get(name.rpartition(".")[0]), len(numbers), "linear")
     tap = watch.put(name, module, lambda: numbers[None], blocks)
     forward = module.forward
     watch.replace(module, lambda *args, **kwargs: watch.mark(tap, forward(*args, **kwargs)))
     return True
+
+
+def asked_numbers(module):
+    "The numbers of a quantised weight, from its layer or from the library that made it; None where neither gives them."
+    W, state = module.weight, getattr(module, "state", None)
+    if hasattr(module, "dequantize"): return module.dequantize().detach()
+    if getattr(W, "quant_state", None) is not None:            # bitsandbytes, 4 bits
+        from bitsandbytes.functional import dequantize_4bit
+        return dequantize_4bit(W.data, W.quant_state)
+    if W.dtype == torch.int8 and getattr(state, "SCB", None) is not None: return W.data * state.SCB[:, None] / 127   # 8 bits
+    return None
 
 
 def unseen_codes(watch):
@@ -768,8 +779,10 @@ def _plan_adapter(module, name, watch):
     linear = isinstance(base, nn.Linear) or transposed
     if not linear and not isinstance(base, nn.modules.conv._ConvNd) or type(module).__name__ == "ParamWrapper": return
     if not linear and (base.transposed or not _low_rank(module)): return
-    if linear and not _low_rank(module): W = _by_units(module, base)
-    else: W = _merged(module, base)
+    W = numbers_of(base.weight)
+    if _is_code("weight", W): W = asked_numbers(base)
+    if W is None: raise ValueError(f"site {name!r} holds quantised weights and nothing gives their numbers; dequantise the network first.")
+    W = _merged(module, W) if _low_rank(module) else _by_units(module, W, transposed)
     W = conv_matrix(W, base.groups)[0] if not linear else (W.T if transposed else W)[None]
     parent = watch.modules.get(name.rpartition(".")[0])
     blocks = row_blocks(name, base, parent, W.shape[0] * W.shape[1], "linear" if linear else "conv")
@@ -787,18 +800,15 @@ def _low_rank(module):
     return not any(getattr(module, "use_dora", {}).values()) and not getattr(module, "lora_variant", None)
 
 
-def _merged(module, base):
+def _merged(module, W):
     "W0 + s B A, over the adapters that are on."
-    W = numbers_of(base.weight)
     if module.merged or module.disable_adapters: return W
     on = [a for a in module.active_adapters if a in module.lora_A]
     return sum((module.get_delta_weight(a).detach().to(W) for a in on), W)
 
 
-def _by_units(module, base):
-    "The matrix of a linear layer, in the layout of its base: its outputs for the unit vectors, less that for zero."
-    W = base.weight
-    transposed = type(base).__name__ == "Conv1D"
+def _by_units(module, W, transposed):
+    "The matrix of a linear layer, in the layout of its base `W`: its outputs for the unit vectors, less that for zero."
     units = torch.eye(W.shape[0] if transposed else W.shape[1], dtype=W.dtype, device=W.device)
     with torch.no_grad(): out = module(units) - module(torch.zeros_like(units[:1]))
     return out if transposed else out.T

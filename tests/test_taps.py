@@ -174,7 +174,18 @@ def by_subscripts(m, x, gates):
     return torch.einsum("btei,eio->bteo", h, m.down).mul(gates[..., None]).sum(2)
 
 
-@pytest.mark.parametrize("way", [one_by_one, all_at_once, by_subscripts])
+def chosen(m, x, gates):
+    "Every token brings the matrices of its expert along."
+    e = gates.argmax(-1).flatten()
+    u = x.flatten(0, 1)
+    if m.cut is not None: u = sum(m.at(f"up{k}", u) * (e == k)[:, None] for k in range(3))
+    h = torch.tanh(torch.bmm(m.up[e], u[..., None]))[..., 0]
+    if m.cut is not None: h = sum(m.at(f"down{k}", h) * (e == k)[:, None] for k in range(3))
+    out = torch.bmm(h[:, None], m.down[e].contiguous())[:, 0]
+    return (out * gates.flatten(0, 1).amax(-1)[:, None]).unflatten(0, x.shape[:2])
+
+
+@pytest.mark.parametrize("way", [one_by_one, all_at_once, by_subscripts, chosen])
 def test_experts(way):
     model = Experts(way)
     names = {"router": "router", **{f"{w}[{e}]": f"{w}{e}" for w in ("up", "down") for e in range(3)}}

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from .agop import _chance, _check_mode, _distributed, _refuse_chance, _sum
 from .arrays import as_tensor, is_number, plain
 from .kernels import blocks
-from .taps import COUNTS, ROLES, WIDTHS, Tap, TooLarge, coverage, plan_sums, unseen_codes, watching
+from .taps import LEFT_OUT, TooLarge, coverage, plan_sums, watching
 
 # %% ../nbs/05_nfa.ipynb #e71fa117
 ROOM = 2**26  # bytes of marked activations that the copies of a batch may take; more only leaves the caches
@@ -165,17 +165,17 @@ class _Sweep:
         if not watch.taps: raise ValueError(f"model {type(self.model).__name__} has no linear, convolutional, attention or recurrent weight to compare.")
         if not y.requires_grad: raise ValueError("no gradient path from the outputs back to any weight: look for detach, no_grad, argmax or numpy in the model or in output.")
         if not torch.isfinite(y).all(): raise ValueError(_blame(self.model, batch))
-        unseen_codes(watch)
+        watch.check_codes()
         self.open()
         self.taps = [tap for tap in watch.taps if tap.uses]
         return y
 
     def open(self):
         "Sums for the taps that have none yet."
-        if all(tap.sums is not None or tap.why == "left out" for tap in self.watch.taps): return
+        if all(tap.sums is not None or tap.why == LEFT_OUT for tap in self.watch.taps): return
         plan_sums(self.watch.taps, len(self.counts), self.device)
         for tap in self.watch.taps:
-            if tap.sums is None and tap.why != "left out": tap.open(len(self.counts), self.device)
+            if tap.sums is None and tap.why != LEFT_OUT: tap.open(len(self.counts), self.device)
 
     def _shared(self, y):
         "Whether an output of the first sample depends on what several samples have in common in front of a weight."
@@ -363,7 +363,7 @@ def _sites(watch, counts):
     for s in (s for tap in taps for s in tap.sums):
         for total, n in zip(s, counts): total /= n or 1
     some = slice(0, sum(n > 0 for n in counts))        # with one probe the second group is empty
-    return [Site(name, kind, head, W, moments[some], tap.inner) for tap in taps for name, kind, head, _, W, moments in tap.labels()]
+    return [Site(name, kind, head, W, moments[some], tap.inner) for tap in taps for name, kind, head, W, moments in tap.sites()]
 
 
 def _together(sweep, watch):

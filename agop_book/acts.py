@@ -285,7 +285,8 @@ def shares_memory(a, b) -> bool:
 def same_numbers(A, B) -> bool:
     "Whether two tensors hold the same numbers; the same place in memory needs no look."
     if A.shape != B.shape: return False
-    return A.data_ptr() == B.data_ptr() and A.stride() == B.stride() or torch.equal(A, B)
+    if shares_memory(A, B) and A.data_ptr() == B.data_ptr() and A.stride() == B.stride(): return True
+    return torch.equal(A, B)
 
 
 def is_code(name, t) -> bool:
@@ -360,7 +361,7 @@ class Origins:
 
     def _meet(self, name, found, outs, args):
         "Data goes in: what comes out depends on it, unless the data only chose."
-        if name in ("__getitem__", "index_select") and self._gather(args, outs[0]): return
+        if name in ("__getitem__", "index_select") and self._choose(args, outs[0]): return
         parts = [part for made in found if made is not DATA for part, _ in made]
         for t in outs:
             if t.requires_grad: continue
@@ -369,14 +370,17 @@ class Origins:
             if view is not None: parts.remove(view)
         for part in parts: self.met.setdefault(part, set()).add(name)
 
-    def _gather(self, args, out):
-        "Whether whole matrices of a parameter with three axes were chosen."
+    def _choose(self, args, out):
+        "Whether the data chose a part of a weight: one place in it, or whole matrices."
         made, index = self.of(args[0]), args[-1]
-        if not isinstance(made, tuple) or isinstance(made, Gathered) or len(made) != 1: return False
-        p = self.parts[made[0][0]]
+        if made is DATA or not made or isinstance(made, Gathered): return False
+        name, p = made[0][0], self.parts[made[0][0]]
+        if shares_memory(args[0], out) and args[0].shape == p.shape:        # of a function of `p` too
+            self.tell(out, ((name, box_of(args[0], out)), *made[1:]))
+            return True
         if p.ndim != 3 or args[0] is not p or not isinstance(index, torch.Tensor): return False
         if index.ndim != 1 or index.dtype not in (torch.int32, torch.int64): return False
-        self.tell(out, Gathered(made[0][0], index))
+        self.tell(out, Gathered(name, index))
         return True
 
     def _pass_on(self, name, found, outs):

@@ -136,8 +136,10 @@ def _plan_adapter(module, name, watch):
     "The tap of a layer with adapters; nobody listens to the layer and the adapters themselves."
     base = module.base_layer
     transposed, conv = type(base).__name__ == "Conv1D", isinstance(base, nn.modules.conv._ConvNd)
+    if type(module).__name__ == "ParamWrapper":              # adapts parameters: they are followed
+        watch.closed += [f"{name}.lora_A.", f"{name}.lora_B."]
+        return
     if not (isinstance(base, nn.Linear) or transposed or conv): return
-    if type(module).__name__ == "ParamWrapper": return       # adapts parameters: they are followed
     if conv and (base.transposed or not _is_lora(module)): return
     if _is_lora(module): W = _merged(module, base, name, watch)
     else: W = _by_units(module, base, transposed)
@@ -147,7 +149,7 @@ def _plan_adapter(module, name, watch):
     blocks = row_blocks(name, base, watch.parent(name), d_out, "conv" if conv else "linear")
     tap = watch.put(name, module, lambda: matrix, blocks)
     _mark_whole(module, tap, watch, len(base.kernel_size) if conv else 0)
-    watch.closed = name
+    watch.closed.append(f"{name}.")
 
 
 def _is_lora(module):

@@ -136,7 +136,7 @@ class Watch(TorchFunctionMode):
         self.origins = Origins(self.parts, model.buffers())
         self.planned, self.found = [], []   # taps of layers; of weights that are used elsewhere
         self.by_part, self.sure = {}, {}    # parameter -> taps of its layers; the one that is meant
-        self.undo, self.closed = [], None   # what is to be put back; a layer that hides its parts
+        self.undo, self.closed = [], []     # what is to be put back; parts of layers to leave alone
         self.learning, self.owner = True, threading.get_ident()
         self._forget()
 
@@ -251,6 +251,7 @@ class Watch(TorchFunctionMode):
         if one and stack == 1 and len(p) > 1 and shares_memory(act.weight, p):
             expert, stack, box = box[0][0], len(p), whole(p)       # one of the experts
         name = self.owner_name(main) if main in self.codes else box_name(main, p, box)
+        name = name.replace(".base_layer.", ".")                   # peft wraps what it adapts
         for tap in self.found:
             known = tap.name == name and max(1, tap.experts) == stack
             if known and same_numbers(M[0], tap.weight(expert)): return tap, expert
@@ -332,7 +333,7 @@ class Watch(TorchFunctionMode):
     def open(self):
         "Plan the taps of all layers."
         for name, module in self.modules.items():
-            if self.closed is not None and name.startswith(f"{self.closed}."): continue
+            if name.startswith(tuple(self.closed)): continue
             if isinstance(module, ParametrizationList): self.hook(module, self._shut, self._unshut)
             else: plan_taps(module, name, self)
         tied = {id(tap) for taps in self.by_part.values() if len(taps) > 1 for tap in taps}
@@ -467,8 +468,8 @@ def _is_counted(watch, name, p, seen):
 def _reached(tap):
     "(parameter, box, share of its rows that gradients reached), ..."
     if tap.sums is None: return
-    hit = torch.cat([s.flatten(3).any(3).any(0) for s in tap.sums], 1)       # (experts, blocks)
-    sizes = hit.new_tensor([d for _, b, d in tap.split for _ in range(b)], dtype=torch.float64)
+    hit = torch.cat([s.flatten(3).any(3).any(0).cpu() for s in tap.sums], 1)     # (experts, blocks)
+    sizes = torch.tensor([float(d) for _, b, d in tap.split for _ in range(b)])
     shares = ((hit * sizes).sum(1) / sizes.sum()).tolist()
     for part, box in tap.covers.items():
         if tap.experts and len(box) > 2 and box[0][1] - box[0][0] == tap.experts:

@@ -1,4 +1,6 @@
-"""Where weights act, however they are used: each site against the gradient at the input of its weight, sample by sample, in float64."""
+"""Where weights act, however they are used.
+
+Each site against the gradient at the input of its weight, sample by sample, in float64."""
 
 import importlib.util
 import threading
@@ -47,7 +49,7 @@ class Net(nn.Module):
 
 
 def brute(model, x, name):
-    "AGOP at the input of one weight `(d_in, d_in)`: one sample at a time, a leaf in place of each input, one output at a time."
+    "AGOP at the input of one weight: a leaf for each input, one sample and one output at a time."
     total = 0
     for i in range(len(x)):
         leaves = []
@@ -73,7 +75,7 @@ def same(a, b, tol=1e-10):
 
 
 def compare(model, x, sites, **kw):
-    "Every named site against its oracle; `sites`: the name in the table -> the name in `at`. Returns the table."
+    "The table, every site against its oracle; `sites`: name in the table -> name in `at`."
     model = model.double().eval()
     table, found = nfa(model, x, matrices=True, **FEW, **kw)
     assert list(table.site) == list(sites)
@@ -82,7 +84,7 @@ def compare(model, x, sites, **kw):
     return table
 
 
-# --- functions ----------------------------------------------------------------------------------------------------------------------
+# --- functions ---------------------------------------------------------------------------------
 
 
 def use_linear(W, u):
@@ -339,7 +341,7 @@ def test_grouped_experts_agree_with_single_ones():
         assert torch.allclose(s.agop(), w.agop(), rtol=1e-4, atol=1e-6)
 
 
-# --- layers -------------------------------------------------------------------------------------------------------------------------
+# --- layers ------------------------------------------------------------------------------------
 
 
 class Borrowed(Net):
@@ -549,11 +551,11 @@ def test_two_layers_share_a_weight_transposed_and_not():
     compare(Tied(), normal(5, 4), {"enc": "enc", "enc.weight": "back", "dec": "dec"})
 
 
-# --- inputs that samples share ------------------------------------------------------------------------------------------------------
+# --- inputs that samples share -----------------------------------------------------------------
 
 
 class Positions(Net):
-    "A layer on a table that all samples have in common, as in DeBERTa or Swin V2, and one on states of zeros, as in recurrent networks."
+    "A layer on a table that samples have in common (DeBERTa, Swin V2), and one on states of zeros."
 
     def __init__(self):
         super().__init__()
@@ -600,7 +602,7 @@ def test_states_of_zeros_are_not_shared(monkeypatch):
     assert min(calls) == 4 and real is not None  # never one sample at a time
 
 
-# --- what is not seen is said ---------------------------------------------------------------------------------------------------------
+# --- what is not seen is said ------------------------------------------------------------------
 
 
 class Hidden(nn.Module):
@@ -639,7 +641,7 @@ def test_weights_that_are_left_out_are_named():
     model = Hidden()
     with pytest.warns(
         UserWarning,
-        match=r"70.4% of the entries.*: W \(.*\), scale \(used by mul.*\), unused.weight \(not used\)",
+        match=r"70.4% .*: W \(.*\), scale \(used by mul.*\), unused.weight \(not used\)",
     ) as seen:
         table = nfa(model, torch.randn(6, 3, 4), **FEW)
     assert len(seen) == 1 and table.attrs["coverage"] == pytest.approx(
@@ -671,7 +673,7 @@ def test_only_some_sites():
     )
 
 
-# --- quantised weights ----------------------------------------------------------------------------------------------------------------
+# --- quantised weights -------------------------------------------------------------------------
 
 
 class Codes(nn.Module):
@@ -741,7 +743,7 @@ def test_quantised_layers_of_torch_are_refused():
         nfa(nn.Sequential(nn.Linear(2, 2), Packed()), torch.randn(3, 2), **FEW)
 
 
-# --- checkpoints, modes, chance -------------------------------------------------------------------------------------------------------
+# --- checkpoints, modes, chance ----------------------------------------------------------------
 
 
 class Deep(nn.Module):
@@ -861,7 +863,7 @@ def test_inference_mode():
         nfa(other, x, **FEW)
 
 
-# --- data -----------------------------------------------------------------------------------------------------------------------------
+# --- data --------------------------------------------------------------------------------------
 
 
 def test_frames_and_dtypes():
@@ -892,7 +894,7 @@ def test_frames_and_dtypes():
     assert half.reached.all() and half.pearson.notna().all()
 
 
-# --- memory, threads ------------------------------------------------------------------------------------------------------------------
+# --- memory, threads ---------------------------------------------------------------------------
 
 
 def test_the_sums_are_planned_before_the_work(monkeypatch):
@@ -969,7 +971,7 @@ def test_a_watch_puts_everything_back():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-# --- whole families: torchvision, transformers, peft (tiny, random weights) -----------------------------------------------------------
+# --- whole families: torchvision, transformers, peft (tiny, random weights) --------------------
 
 IDS = torch.tensor([[3, 1, 4, 1, 5], [2, 6, 5, 3, 0]])
 SMALL = dict(
@@ -1087,7 +1089,7 @@ def gpt2():
 
 
 class Shifts:
-    "Adds zeros to every input of the weights of some sites: gradients with respect to them are what the AGOP is made of."
+    "Zeros added to every input of some weights: the AGOP is made of the gradients at them."
 
     def __init__(self, sites):
         self.sites, self.leaves = sites, [[] for _ in sites]
@@ -1128,7 +1130,7 @@ def patched(monkeypatch, shifts):
 
 
 def by_hand(model, batch, sites, monkeypatch, layers=()):
-    "AGOP of every site `(d_in, d_in)`, sample by sample, output by output. `layers`: [(module, its matrix), ...] shifted at their output."
+    "AGOP of every site, sample by sample; `layers`: [(module, its matrix), ...] get zeros at their output."
     total = [0.0] * len(sites)
     for i in range(len(batch)):
         shifts = Shifts(sites)
@@ -1311,9 +1313,11 @@ from test_taps import FEW, Experts, nfa, normal, one_by_one
 dist.init_process_group("gloo")
 torch.manual_seed(0)
 model, x = Experts(one_by_one).double(), normal(6, 4, 4)
-table, sites = nfa(model, [x] if dist.get_rank() else [], matrices=True, **FEW)     # one has no data
-both, more = nfa(model, x.split(3)[dist.get_rank()], matrices=True, **FEW)
-if not dist.get_rank(): torch.save([[s.agop() for s in found] + [torch.tensor(t.attrs["coverage"])] for t, found in ((table, sites), (both, more))], sys.argv[1])
+rank, found = dist.get_rank(), []
+for data in ([x] if rank else [], x.split(3)[rank]):         # at first one has no data
+    table, sites = nfa(model, data, matrices=True, **FEW)
+    found.append([s.agop() for s in sites] + [torch.tensor(table.attrs["coverage"])])
+if not rank: torch.save(found, sys.argv[1])
 dist.destroy_process_group()
 """
 

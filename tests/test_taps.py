@@ -1130,7 +1130,7 @@ def patched(monkeypatch, shifts):
 
 
 def by_hand(model, batch, sites, monkeypatch, layers=()):
-    "AGOP of every site, sample by sample; `layers`: [(module, its matrix), ...] get zeros at their output."
+    "AGOP of every site, sample by sample; `layers`: [(module, matrix)] get zeros at their output."
     total = [0.0] * len(sites)
     for i in range(len(batch)):
         shifts = Shifts(sites)

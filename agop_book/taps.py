@@ -267,7 +267,10 @@ class Watch(TorchFunctionMode):
             p, W = self.parts[main].detach(), act.weight
             at = W.storage_offset() + (e - expert) * p.stride(0)
             return act.matrix(p.as_strided(W.shape, W.stride(), at))[0]
-        blocks = row_blocks(name, None, self.modules.get(owner), g * rows, act.kind or "linear")
+        layer, parent = main, self.modules.get(owner)
+        if main.endswith(".weight"): layer, parent = owner, self.parent(owner)
+        if covers[main] != whole(self.parts[main]): layer = name   # some rows: nobody says which
+        blocks = row_blocks(layer, None, parent, g * rows, act.kind or "linear")
         narrow = act.inside is not None and len(blocks) == 1 and columns < rows
         order = (self.place.get(owner, 0), 1, list(self.parts).index(main), *covers[main])
         tap = Tap(name, one, blocks, act.out is None or narrow, (*order, (rows, columns)), covers)

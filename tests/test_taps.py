@@ -1064,6 +1064,24 @@ def deepseek():
     )
 
 
+def deberta():
+    "Its projections also act on a table of distances, which all samples share."
+    return hub(
+        "DebertaV2ForTokenClassification",
+        "DebertaV2Config",
+        hidden_size=8,
+        num_attention_heads=2,
+        intermediate_size=6,
+        relative_attention=True,
+        max_relative_positions=4,
+        position_buckets=2,
+        pos_att_type=["p2c", "c2p"],
+        norm_rel_ebd="layer_norm",
+        pad_token_id=0,
+        max_position_embeddings=8,
+    )
+
+
 def mamba():
     return hub(
         "MambaForCausalLM",
@@ -1156,7 +1174,15 @@ def by_hand(model, batch, sites, monkeypatch, layers=()):
 
 @pytest.mark.parametrize(
     "build,least",
-    [(swin, 1.0), (mixtral, 0.7), (olmoe, 0.7), (gpt_oss, 0.7), (deepseek, 0.7), (mamba, 0.85)],
+    [
+        (swin, 1.0),
+        (mixtral, 0.7),
+        (olmoe, 0.7),
+        (gpt_oss, 0.7),
+        (deepseek, 0.7),
+        (mamba, 0.85),
+        (deberta, 1.0),
+    ],
     ids=lambda v: getattr(v, "__name__", ""),
 )
 def test_a_family(build, least, monkeypatch):

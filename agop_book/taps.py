@@ -419,7 +419,7 @@ def plan_sums(taps,              # of one sweep
     taps = [tap for tap in taps if tap.why != LEFT_OUT]
     sizes, once = {tap: tap.size(groups) for tap in taps}, [tap.size(1) for tap in taps]
     weights = sum(8 * max(1, tap.experts) * tap.weight(0).numel() for tap in taps)
-    need = sum(sizes.values()) + sum(once) // 2 + weights + 4 * max(once, default=0)
+    need = sum(sizes.values()) + sum(once) // 2 + weights + 6 * max(once, default=0)
     if need < 2**24: return need             # not worth asking
     largest = sorted(taps, key=sizes.get, reverse=True)[:3]
     names = ", ".join(f"{tap.name} ({sizes[tap] / 2**30:.1f} GiB)" for tap in largest)

@@ -1094,7 +1094,7 @@ def mamba():
     )
 
 
-def gpt2():
+def gpt2(**more):
     return hub(
         "GPT2LMHeadModel",
         "GPT2Config",
@@ -1103,7 +1103,18 @@ def gpt2():
         n_layer=2,
         n_head=3,
         num_hidden_layers=2,
+        **more,
     )
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_of_transformers(reentrant):
+    model, batch = gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    want = nfa(model.eval(), batch, **FEW)
+    model.gradient_checkpointing_enable(dict(use_reentrant=reentrant))
+    assert nfa(model.train(), batch, **FEW).equals(
+        want
+    )  # without dropout, training mode is harmless
 
 
 class Shifts:

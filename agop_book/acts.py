@@ -13,7 +13,6 @@ import weakref
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 # %% ../nbs/98_acts.ipynb #8dbf482c

@@ -1236,34 +1236,46 @@ def adapted(**options):
     return model, batch
 
 
-@pytest.mark.parametrize("state", ["apart", "dora", "two", "merged", "off"])
-def test_adapters_are_part_of_the_weight(state, monkeypatch):
+def in_state(state):
+    "GPT-2 with adapters that are one, with magnitudes, two, merged or off."
     model, batch = adapted(use_dora=state == "dora")
     if state == "two":
         import peft
 
-        model.add_adapter(
-            "more", peft.LoraConfig(r=1, target_modules=["c_fc"], fan_in_fan_out=True)
-        )
+        more = peft.LoraConfig(r=1, target_modules=["c_fc"], fan_in_fan_out=True)
+        model.add_adapter("more", more)
         model.base_model.set_adapter(["default", "more"])
-        with torch.no_grad():
-            [p.normal_(0, 0.4) for n, p in model.named_parameters() if ".more." in n]
+        for n, p in model.named_parameters():
+            if ".more." in n:
+                nn.init.normal_(p, 0, 0.4)
         model.double().eval()
     if state == "merged":
         model.merge_adapter()
     if state == "off":
         model.base_model.disable_adapter_layers()
+    return model, batch
+
+
+def weights_by_hand(model, state):
+    "[(name, layer, W0 + s B A), ...] from the formulas of LoRA and DoRA."
     layers = []
     for name, m in model.named_modules():
         if not hasattr(m, "lora_A"):
             continue
         W = m.base_layer.weight.detach().T.clone()
-        if state in ("apart", "two", "dora"):
-            for a in m.lora_A:
-                W += m.scaling[a] * m.lora_B[a].weight.detach() @ m.lora_A[a].weight.detach()
+        for a in m.lora_A if state in ("apart", "two", "dora") else ():
+            W += m.scaling[a] * m.lora_B[a].weight.detach() @ m.lora_A[a].weight.detach()
         if state == "dora":
-            W *= (m.lora_magnitude_vector["default"].weight.detach() / W.norm(dim=1))[:, None]
+            magnitude = m.lora_magnitude_vector["default"].weight.detach()
+            W *= (magnitude / W.norm(dim=1))[:, None]
         layers.append((name, m, W))
+    return layers
+
+
+@pytest.mark.parametrize("state", ["apart", "dora", "two", "merged", "off"])
+def test_adapters_are_part_of_the_weight(state, monkeypatch):
+    model, batch = in_state(state)
+    layers = weights_by_hand(model, state)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         table, sites = nfa(model, batch, matrices=True, **FEW)

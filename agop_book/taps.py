@@ -294,7 +294,7 @@ class Watch(TorchFunctionMode):
         return tap
 
     def parent(self, name):
-        "The module that holds a layer."
+        "The module that holds a layer: it knows the number of heads."
         return self.modules.get(name.rpartition(".")[0])
 
     def owner_name(self, part):
@@ -463,7 +463,8 @@ def _is_counted(watch, name, p, seen):
     if sum(n > 1 for n in p.shape) < 2: return False
     taps = [tap for tap in watch.taps if name in tap.covers]
     if watch.only is not None: return any(tap.why != LEFT_OUT for tap in taps)
-    table = isinstance(watch.parent(name), (nn.Embedding, nn.EmbeddingBag))
+    owner = watch.modules.get(name.rpartition(".")[0])
+    table = isinstance(owner, (nn.Embedding, nn.EmbeddingBag))
     met = watch.origins.met.get(name, set())
     return seen or bool(taps) or not (table or met and met <= TABLES)
 

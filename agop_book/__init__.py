@@ -11,7 +11,7 @@ _HOMES = {
     "Matern32": "kernels", "Matern52": "kernels", "NTK": "kernels",
 }
 _MODULES = {*_HOMES.values(), "nfa", "mlps", "patches", "rnns", "attention", "tabular", "tokens", "figures", "reproduce",
-            "arrays", "memory", "files", "roles"}
+            "arrays", "memory", "files", "roles", "taps", "acts", "layers"}
 __all__ = list(_HOMES)
 
 

@@ -25,7 +25,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.utils import check_random_state
 from tqdm import tqdm
 
-from .arrays import as_tensor, is_count, is_number, plain
+from .arrays import as_tensor, is_count, is_number, as_real
 from .kernels import TILE, KernelMachine, blocks
 from .memory import plan
 
@@ -211,9 +211,14 @@ def _pull(y, x, v):
     return x.new_zeros(len(v), *x.shape) if g is None else g.detach()
 
 # %% ../nbs/02_agop.ipynb #84d5932c
+import random
+
+
 def _outputs(f, x):
     "f(x) as `(b, c)`, or an error that says what is wrong with it."
+    before = _chance()
     y = f(x)
+    if _chance() != before: _refuse_chance(f, lambda: f(x), y)
     if not isinstance(y, torch.Tensor):
         raise TypeError(f"f returned {type(y).__name__}, not a tensor. Pick one tensor, as in lambda x: f(x).logits; for f made of numpy pass x as numpy (finite differences).")
     if not y.is_floating_point(): raise TypeError(f"f returned dtype {y.dtype}; gradients need real floating outputs (scores, not labels).")
@@ -232,6 +237,28 @@ def _check_mode(f):
         if batchnorm and (m.training or m.running_mean is None) or m.training and (dropout and m.p or getattr(m, "dropout", 0) and isinstance(m, (torch.nn.RNNBase, torch.nn.MultiheadAttention))):
             raise ValueError(f"f has {type(m).__name__} ({name or 'f itself'}) " + ("in training mode; call f.eval() first." if m.training else "without running statistics; samples depend on each other.")
                              + (" In training mode it mixes samples." if batchnorm else " In training mode it is another function at every call."))
+
+
+def _chance():
+    "The state of every global source of random numbers: it moves when a network draws from one."
+    named, keys, *at = np.random.get_state()
+    state = [torch.get_rng_state().numpy().tobytes(), random.getstate(), keys.tobytes(), at]
+    if torch.cuda.is_initialized(): state.append(torch.cuda.get_rng_state().numpy().tobytes())
+    return state
+
+
+def _refuse_chance(f, again, y):
+    "ValueError for a function that drew random numbers for `y`: in training mode, or if `again()` differs."
+    owner = getattr(f, "__self__", f)
+    modules = owner.modules() if isinstance(owner, torch.nn.Module) else ()
+    if any(m.training for m in modules):
+        raise ValueError(f"{type(owner).__name__} draws random numbers in training mode (dropout, noise); "
+                         "call .eval() first. In training mode it is another function at every call.")
+    if not isinstance(y, torch.Tensor) or not y.numel(): return
+    with torch.no_grad(): one, other = y.double(), again().double()
+    if not torch.allclose(one, other, rtol=0, atol=1e-3 * float(one.abs().max()), equal_nan=True):
+        raise ValueError("f draws random numbers and gives other values at every call: it is no function of its input. "
+                         "Fix its noise (a generator with a seed, or the mean instead of a sample).")
 
 # %% ../nbs/02_agop.ipynb #f8f658b5
 def random_signs(k: int,              # probes
@@ -314,7 +341,7 @@ def _check_step(step, d, name="step"):
 def _values(f, x):
     "f(x) as float64 `(m, c)`, or an error that says what is wrong with it."
     y = f(x)
-    y = np.asarray(plain(y, "what f returned"))
+    y = np.asarray(as_real(y, "what f returned"))
     if y.dtype.kind not in "biuf": raise TypeError(f"f returned dtype {y.dtype}; real numbers are needed (for labels differentiate scores: predict_proba or decision_function).")
     if y.ndim == 0 or len(y) != len(x): raise ValueError(f"f returned shape {y.shape} for {len(x)} samples; the first axis must be the samples.")
     return y.reshape(len(y), -1).astype(np.float64)
@@ -367,7 +394,7 @@ def _is_array(x): return isinstance(x, (torch.Tensor, np.ndarray, pd.DataFrame, 
 
 def _check(x, name="x", floating=False):
     "`x` as a real finite tensor `(n, *shape)`; `floating`: refuse integers and keep half precision."
-    dtypes = list(x.dtypes) if isinstance(x, pd.DataFrame) else [x.dtype if hasattr(x, "dtype") else np.asarray(plain(x, name)).dtype]
+    dtypes = list(x.dtypes) if isinstance(x, pd.DataFrame) else [x.dtype if hasattr(x, "dtype") else np.asarray(as_real(x, name)).dtype]
     t = as_tensor(_numbers(x, name) if isinstance(x, pd.DataFrame) else x, name, None)
     if t.ndim < 2: raise ValueError(f"{name} has shape {tuple(t.shape)}; (samples, features...) is needed: x[:, None] for one feature, x[None] for one sample.")
     if not floating: return t
@@ -378,7 +405,7 @@ def _check(x, name="x", floating=False):
 
 def _numbers(frame, name):
     "The values of a frame as an array, float32 where all columns are."
-    frame = plain(frame, name)
+    frame = as_real(frame, name)
     bad = [c for c, dtype in zip(frame.columns, frame.dtypes) if not (is_numeric_dtype(dtype) or is_bool_dtype(dtype))]
     if bad: raise TypeError(f"{name} has columns that are not numbers: {bad}; encode or drop them.")
     single = all(str(dtype).lower() in ("float16", "float32", "float[pyarrow]", "halffloat[pyarrow]") for dtype in frame.dtypes)
@@ -692,7 +719,7 @@ def _matrix(A, name="A", square=True):
     "`A` as a float64 tensor, and how far rounding in its own dtype may have moved it, relative to its largest entry."
     eps = _rounding(A)
     if not isinstance(A, torch.Tensor):
-        A = plain(A, name)
+        A = as_real(A, name)
         A = _numbers(A, name) if isinstance(A, pd.DataFrame) else A.to_numpy() if isinstance(A, pd.Series) else A
     t = as_tensor(A, name, None).detach().double()
     if square and (t.ndim > 2 or t.ndim == 0 or t.shape[0] != t.shape[-1]): raise ValueError(f"{name} has shape {tuple(t.shape)}; a square matrix (d, d) or a diagonal (d,) is needed.")

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/index.ipynb #c3392ea7
 import agop_book.agop, agop_book.attention, agop_book.cntk, agop_book.convrfm, agop_book.data, agop_book.figures, agop_book.kernels
+import agop_book.acts, agop_book.layers, agop_book.taps
 import agop_book.arrays, agop_book.files, agop_book.memory, agop_book.mlps, agop_book.nfa, agop_book.patches, agop_book.rfm, agop_book.rnns, agop_book.roles, agop_book.scattering, agop_book.tabular, agop_book.tokens, agop_book.transfer
 from .kernels import *
 from .agop import *
@@ -28,9 +29,13 @@ from .arrays import *
 from .memory import *
 from .files import *
 from .roles import *
+from .taps import *
+from .acts import *
+from .layers import *
 
 # %% ../nbs/index.ipynb #bc605290
 _modules = [agop_book.kernels, agop_book.agop, agop_book.rfm, agop_book.tabular, agop_book.nfa, agop_book.mlps, agop_book.patches, agop_book.rnns, agop_book.attention, agop_book.tokens,
             agop_book.cntk, agop_book.convrfm, agop_book.scattering, agop_book.transfer, agop_book.data, agop_book.figures,
-            agop_book.arrays, agop_book.memory, agop_book.files, agop_book.roles]
+            agop_book.arrays, agop_book.memory, agop_book.files,
+            agop_book.roles, agop_book.taps, agop_book.acts, agop_book.layers]
 __all__ = [name for module in _modules for name in module.__all__]

@@ -19,7 +19,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch.nn.functional import conv2d, fold, pad, unfold
 
 from .arrays import is_number as _is
-from .arrays import like, plain
+from .arrays import like, as_real
 from .agop import matrix_power, top_directions
 from .cntk import CNTK, patch_agop
 from .figures import device as pick_device
@@ -153,7 +153,7 @@ class _ConvRFM(_RFM):
 
     def _rows(self, X, fitting=False):
         "Images as rows `(n, c * h * w)`; rows as they are. Sets `image_shape_` when fitting, else compares with it."
-        X = plain(X, "X")
+        X = as_real(X, "X")
         shape, known = np.shape(X), self.image_shape if fitting else self.image_shape_
         if len(shape) == 4:
             found = shape[1:]

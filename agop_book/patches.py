@@ -28,7 +28,7 @@ from skorch.callbacks import LRScheduler
 from torch import nn
 
 from .agop import matrix_power
-from .arrays import is_number, plain
+from .arrays import is_number, as_real
 from .data import DataNotFound, UnreadableData, cache_dir, data_roots, load
 from .figures import device, pick
 from .mlps import _seeded, trained
@@ -223,7 +223,7 @@ def _pixels(images):
         except OSError as error: raise UnreadableData(f"{images}: not a readable image ({error})") from error
     if isinstance(images, Image.Image): images = np.array(images.convert("RGBA"))
     if isinstance(images, torch.Tensor) and not images.is_complex(): return images.detach(), (1, -1)
-    return torch.as_tensor(np.asarray(plain(images, "images"))), (-1, 1)
+    return torch.as_tensor(np.asarray(as_real(images, "images"))), (-1, 1)
 
 # %% ../nbs/07_cnns.ipynb #42e45207
 class _Reached(Exception):

@@ -24,7 +24,7 @@ from sklearn.utils.validation import check_consistent_length, check_is_fitted, v
 from tqdm import tqdm
 
 from .agop import cosine, matrix_power
-from .arrays import is_number, like, plain
+from .arrays import is_number, like, as_real
 from .figures import device as pick_device
 from .files import load_arrays, save_arrays
 from .memory import free_memory, plan
@@ -353,7 +353,7 @@ class _RFM(_Rounds):
         "MemoryError before the work where a fit to `X` with `c` outputs does not fit."
         plan_memory(*X.shape, c, 4 if device.type == "cuda" else X.itemsize, free_memory(device) if self.memory_limit is None else self.memory_limit, bool(self.diag))
 
-    def _valid(self, X): return validate_data(self, plain(X, "X"), reset=False, dtype=[np.float64, np.float32])
+    def _valid(self, X): return validate_data(self, as_real(X, "X"), reset=False, dtype=[np.float64, np.float32])
 
     def kernel_machine(self):
         "The fitted `KernelMachine` in the coordinates of X, from which `agop` takes its closed form; None where there is none."
@@ -411,7 +411,7 @@ class RFMRegressor(RegressorMixin, _RFM):
     """
 
     def _check_fit(self, X, y):
-        X, y = validate_data(self, plain(X, "X"), plain(y, "y"), dtype=[np.float64, np.float32], multi_output=True, y_numeric=True, ensure_min_samples=2)
+        X, y = validate_data(self, as_real(X, "X"), as_real(y, "y"), dtype=[np.float64, np.float32], multi_output=True, y_numeric=True, ensure_min_samples=2)
         self._flat = y.ndim == 1
         return X, y.astype(X.dtype)
 
@@ -421,12 +421,12 @@ class RFMRegressor(RegressorMixin, _RFM):
 
     def _check_val(self, X, y):
         X = self._valid(X)
-        y = np.asarray(plain(y, "y_val"), X.dtype)
+        y = np.asarray(as_real(y, "y_val"), X.dtype)
         check_consistent_length(X, y)
         if not np.isfinite(y).all(): raise ValueError("y_val contains NaN or infinity; drop those rows.")
         return X, y
 
-    def _score(self, y, f): return float(r2_score(np.asarray(plain(y)).reshape(len(f), -1), plain(f)))
+    def _score(self, y, f): return float(r2_score(np.asarray(as_real(y)).reshape(len(f), -1), as_real(f)))
 
     def _shape(self, values): return values[:, 0] if self._flat else values
 
@@ -457,7 +457,7 @@ class RFMClassifier(ClassifierMixin, _RFM):
         super().__init__(kernel, bandwidth, n_iter, reg, diag, center, validation_fraction, solver, warm_start, memory_limit, verbose, random_state, device)
 
     def _check_fit(self, X, y):
-        X, y = validate_data(self, plain(X, "X"), plain(y, "y", dates=True), dtype=[np.float64, np.float32], ensure_min_samples=2)
+        X, y = validate_data(self, as_real(X, "X"), as_real(y, "y", dates=True), dtype=[np.float64, np.float32], ensure_min_samples=2)
         check_classification_targets(y)
         self.classes_, y = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2: raise ValueError(f"y holds only one class ({self.classes_.tolist()[0]!r}); a classifier needs at least 2 classes.")
@@ -473,15 +473,15 @@ class RFMClassifier(ClassifierMixin, _RFM):
 
     def _check_val(self, X, y):
         X = self._valid(X)
-        y = np.asarray(plain(y, "y_val", dates=True))
+        y = np.asarray(as_real(y, "y_val", dates=True))
         check_consistent_length(X, y)
         unknown = np.setdiff1d(y, self.classes_)
         if len(unknown): raise ValueError(f"y_val holds the class {unknown.tolist()[0]!r}, which y does not; the classes are {self.classes_.tolist()}.")
         return X, np.searchsorted(self.classes_, y)
 
     def _score(self, y, f):
-        y = plain(y)
-        return float(accuracy_score(y.argmax(1) if y.ndim == 2 else y, plain(f).argmax(1)))
+        y = as_real(y)
+        return float(accuracy_score(y.argmax(1) if y.ndim == 2 else y, as_real(f).argmax(1)))
 
     def _shape(self, values): return values
 

@@ -30,7 +30,7 @@ from .figures import device as pick_device
 from .kernels import KERNELS, Kernel, KernelMachine, Radial, Shared, Side
 from .arrays import is_count
 from .arrays import is_number as _is
-from .arrays import like, plain
+from .arrays import like, as_real
 from .files import load_arrays, save_arrays
 from .memory import free_memory, plan
 from .rfm import _RFM, CHECKS, RFMClassifier, RFMRegressor, _kernel, check_parameters, fill, gram_rows
@@ -122,7 +122,7 @@ class Scattering(TransformerMixin, BaseEstimator):
 
     def _rows(self, X, fitting=False):
         "Checked rows of finite floats. Tables pass scikit-learn's checks first, then have to be images."
-        X = plain(X, "X")
+        X = as_real(X, "X")
         X = X if hasattr(X, "shape") else np.asarray(X)
         checked = lambda rows: validate_data(self, rows, reset=fitting, dtype=[np.float64, np.float32])
         if X.ndim < 3: return _ConvRFM._rows(self, checked(X), fitting)

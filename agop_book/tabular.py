@@ -46,7 +46,7 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
-from .arrays import plain as as_real
+from .arrays import as_real
 from .data import DataNotFound, Task, UnreadableData, check_count, load, read_task
 from .data import tasks as found_tasks
 from .figures import _append, _bar, _check_results, _finished, steady_output

@@ -25,7 +25,7 @@ from .cntk import _check_images
 from .convrfm import _ConvRFM
 from .kernels import Shared, as_tensor, check_metric
 from .arrays import is_number as _is
-from .arrays import plain
+from .arrays import as_real
 from .rfm import _RFM
 
 # %% ../nbs/14_transfer.ipynb #a8fd61ea
@@ -175,7 +175,7 @@ class TransferRFM(MetaEstimatorMixin, BaseEstimator):
 
     def fit(self, X, y):
         "Fit to the target task: `X` `(n, d)`, or images `(n, c, h, w)`, and `y`. Raises ValueError, TypeError or NotFittedError for bad input, naming the argument."
-        learner, X, y = self._learner(), plain(X, "X"), plain(y, "y", dates=True)
+        learner, X, y = self._learner(), as_real(X, "X"), as_real(y, "y", dates=True)
         options, rounds = self._options(learner)
         source = _matrix_of(self.source, learner, X)
         check_consistent_length(X, y)

@@ -374,8 +374,8 @@ def test_what_is_no_jacobian_leaves_the_sums_alone():
     acc = AGOP(center=True).update(J)
     before = acc.matrix
     masked = np.ma.masked_array(J.numpy(), mask=J.numpy() > 1)
-    cases = [(J * math.nan, ValueError, "not finite at 5 of 5"), (J.clone().index_fill_(0, torch.tensor([1]), math.inf), ValueError, "not finite at 1 of 5"), (J + 1j, TypeError, "complex"),
-             (J.numpy() + 1j, TypeError, "complex"), (masked, TypeError, "masked"), (np.full((1, 2, 3), "2020-01-01", "datetime64[D]"), TypeError, "dates"),
+    cases = [(J * math.nan, ValueError, "not finite at 5 of 5"), (J.clone().index_fill_(0, torch.tensor([1]), math.inf), ValueError, "not finite at 1 of 5"), (J + 1j, ValueError, "complex"),
+             (J.numpy() + 1j, ValueError, "complex"), (masked, TypeError, "masked"), (np.full((1, 2, 3), "2020-01-01", "datetime64[D]"), TypeError, "dates"),
              (J[:, :1], ValueError, "1 outputs"), (normal(5, 3, 3), ValueError, "3 outputs"), (J * 1e200, ValueError, "overflow float64"), (J[:0], ValueError, "empty")]
     for bad, error, words in cases[:6] + cases[7:]:
         with pytest.raises(error, match=f"jacobians.*{words}"): acc.update(bad)
@@ -432,7 +432,7 @@ def test_the_plan_is_what_the_process_takes(way, options, dtype):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     out = subprocess.run([sys.executable, "-c", MEASURE, way, options, dtype, "5000"], env=env, capture_output=True, text=True, timeout=120, check=True).stdout
     planned, taken = map(int, out.split())
-    assert taken > 8e7 and 0.97 * taken <= planned <= 1.3 * taken, (planned, taken)
+    assert taken > 8e7 and 0.9 * taken <= planned <= 1.3 * taken, (planned, taken)
 
 
 def test_memory_is_planned_before_the_work_and_diagonals_pass(monkeypatch):
@@ -582,7 +582,7 @@ BAD = [
     (lambda: top_directions(torch.eye(3), 4), ValueError, "from 1 to 3"),
     (lambda: top_directions(torch.ones(3)), ValueError, "full matrix"),
     *[(lambda v=v, g=g: g(v), error, f"A .*{words}") for g in (lambda A: matrix_power(A, 0.5), top_directions, lambda A: cosine(A, np.eye(2)), lambda A: pearson(A, np.eye(2))) for v, error, words in (
-        (torch.eye(2) + 0j, TypeError, "complex"), (np.eye(2) + 0j, TypeError, "complex"), (pd.DataFrame(np.eye(2) + 0j), TypeError, "complex"), (np.eye(2) * math.nan, ValueError, "NaN"),
+        (torch.eye(2) + 0j, ValueError, "complex"), (np.eye(2) + 0j, ValueError, "complex"), (pd.DataFrame(np.eye(2) + 0j), ValueError, "complex"), (np.eye(2) * math.nan, ValueError, "NaN"),
         (np.ma.masked_array(np.eye(2), np.eye(2) > 0), TypeError, "masked"), (np.full((2, 2), "2020-01-01", "datetime64[D]"), TypeError, "dates"), (pd.DataFrame({"u": ["a", "b"], "v": [1, 2]}), TypeError, "not numbers"),
         (np.zeros((0, 0)), ValueError, "empty"))],
     *[(lambda v=v: top_directions(torch.eye(3), v), ValueError, "k must be") for v in (True, 0, 2**63, 1.0)],

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from agop_book.arrays import as_tensor, is_number, like, plain
+from agop_book.arrays import as_real, as_tensor, is_number, like
 from agop_book.files import check_writable, load_arrays, save_arrays, write_atomic
 from agop_book.memory import free_memory, group_room, largest, plan
 
@@ -26,18 +26,18 @@ from agop_book.memory import free_memory, group_room, largest, plan
     (torch.eye(2).to_sparse(), TypeError, "sparse"), (torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), TypeError, "quantised"),
 ])
 def test_what_numpy_would_convert_to_wrong_numbers(x, error, message):
-    with pytest.raises(error, match=message): plain(x, "y")
+    with pytest.raises(error, match=message): as_real(x, "y")
     with pytest.raises((TypeError, ValueError)): as_tensor(x, "y", None)
 
 
 def test_plain_passes_on_what_is_right():
     frame = pd.DataFrame({"a": [1, 2], "b": ["x", "y"]})
-    assert plain(frame) is frame and plain([["a"]]) == [["a"]]
-    assert plain(np.array(["2026"], "datetime64[Y]"), dates=True).dtype.kind == "M"
-    assert plain(np.ma.array([1.0, 2.0])) is not None                                       # nothing is masked
+    assert as_real(frame) is frame and as_real([["a"]]) == [["a"]]
+    assert as_real(np.array(["2026"], "datetime64[Y]"), dates=True).dtype.kind == "M"
+    assert as_real(np.ma.array([1.0, 2.0])) is not None                                       # nothing is masked
     half = torch.tensor([1.5, 3e38], dtype=torch.bfloat16)
-    assert (plain(half) == half.float().numpy()).all()
-    assert plain(torch.ones(2, requires_grad=True)).tolist() == [1, 1]
+    assert (as_real(half) == half.float().numpy()).all()
+    assert as_real(torch.ones(2, requires_grad=True)).tolist() == [1, 1]
 
 
 def test_families_come_back():

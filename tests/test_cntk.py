@@ -173,7 +173,7 @@ print(max(plans), peak[0] - before)
 def test_the_plan_is_what_the_process_takes(what, n, m, size):
     out = subprocess.run([sys.executable, "-c", MEASURE, what, *map(str, (n, m, size))], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120, check=True).stdout
     planned, taken = map(int, out.split())
-    assert taken > 5e7 and 0.97 * taken <= planned <= 1.35 * taken, (planned, taken)
+    assert taken > 5e7 and 0.9 * taken <= planned <= 1.35 * taken, (planned, taken)
 
 
 def test_images_too_large_for_memory_are_refused_before_the_work(monkeypatch):

@@ -23,8 +23,9 @@ def as_real(x,                # array-like
     """`x` without what numpy would convert to wrong numbers silently.
 
     Raises ValueError for complex numbers, TypeError for dates, masked entries, sparse and quantised tensors."""
+    if isinstance(x, (list, tuple)) and len(x) and isinstance(x[0], torch.Tensor): x = torch.stack(tuple(x))
     if isinstance(x, torch.Tensor): x = _dense(x, name)
-    if np.ma.is_masked(x):
+    if np.ma.is_masked(x) or isinstance(x, (list, tuple)) and any(map(np.ma.is_masked, x)):
         raise TypeError(f"{name} has masked entries; fill them (x.filled(value)) or drop those rows.")
     for dtype in {str(t).lower() for t in _dtypes(x)}:
         date = dtype.startswith(("date", "timedelta", "period", "duration", "time"))
@@ -37,10 +38,9 @@ def as_real(x,                # array-like
 def _dtypes(x):
     "The dtypes of an array or of the columns of a frame; none for anything else."
     if hasattr(x, "dtypes"): return list(np.ravel(np.array(x.dtypes, dtype=object)))
-    return [x.dtype] if hasattr(x, "dtype") else [np.asarray(x).dtype] if _is_list(x) else []
-
-
-def _is_list(x): return isinstance(x, (list, tuple)) and len(x) and not isinstance(x[0], (list, tuple, str))
+    if hasattr(x, "dtype"): return [x.dtype]
+    try: return [np.asarray(x).dtype] if isinstance(x, (list, tuple)) else []
+    except ValueError: return []                                        # rows of unequal length, as others will say
 
 
 def _dense(x, name):

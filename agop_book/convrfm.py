@@ -25,7 +25,7 @@ from .cntk import CNTK, patch_agop
 from .figures import device as pick_device
 from .kernels import check_metric
 from .memory import free_memory, plan
-from .rfm import _RFM, CHECKS, RFMClassifier, RFMRegressor, Round, check_parameters
+from .rfm import _RFM, CHECKS, RFMClassifier, RFMRegressor, Round, all_or_nothing, check_parameters
 
 # %% ../nbs/12_convrfm.ipynb #a67a53cf
 STAR = np.array([[pixel == "#" for pixel in row] for row in ("...#...", "..###..", "#######", ".#####.", "..###..", ".#####.", ".##.##.")])
@@ -80,6 +80,8 @@ def ridge_fits(K: torch.Tensor, Y: torch.Tensor, regs) -> list:
     fits, reg = [fit for fit in map(solve, regs) if fit], max(regs)
     while not fits:
         raised = max(10 * reg, 10 * torch.finfo(K.dtype).eps)
+        if not torch.isfinite(K).all() or raised > 100 * len(K) * max(1, float(K.diagonal().max())):
+            raise ValueError("the Gram matrix holds NaN or infinity; rescale X, or change the bandwidth.")
         warnings.warn(f"the Gram matrix (largest entry 1) is not positive definite with reg={reg:.3g}; using reg={raised:.3g}. Pass a larger reg, or float64 images.", stacklevel=4)
         reg = raised
         fits = [fit for fit in [solve(reg)] if fit]
@@ -122,7 +124,7 @@ def seen_through(images: torch.Tensor, M: torch.Tensor) -> torch.Tensor:
 # %% ../nbs/12_convrfm.ipynb #02c54b58
 CONV_CHECKS = {  # parameter: (test, what it must be); the kernel checks its own
     **{name: CHECKS[name] for name in ("n_iter", "validation_fraction", "memory_limit")},
-    "reg": (lambda v: len(np.ravel(v)) > 0 and all(_is(r, numbers.Real) and 0 <= r < np.inf for r in np.ravel(v).tolist()), "a finite number of at least 0, or a list of such numbers"),
+    "reg": (lambda v: not isinstance(v, torch.Tensor) and len(np.ravel(v)) > 0 and all(_is(r, numbers.Real) and 0 <= r <= 1e30 for r in np.ravel(v).tolist()), "a finite number of at least 0, or a list of such numbers"),
     "n_grad": (lambda v: v is None or _is(v, numbers.Integral) and v >= 1, "None (all images) or an integer of at least 1"),
     "pooling": (lambda v: isinstance(v, (bool, np.bool_)), "True or False"),
     "image_shape": (lambda v: v is None or len(v) == 3 and all(_is(n, numbers.Integral) and n >= 1 for n in v), "None or three positive integers (channels, height, width)"),
@@ -131,9 +133,9 @@ CONV_CHECKS = {  # parameter: (test, what it must be); the kernel checks its own
 }
 
 
-def check_pairs(n: int, n_val: int, d: int, itemsize: int, limit: float, c: int = 1):
-    "MemoryError, saying what would fit, when three Gram matrices of `n` images and one of `n_val` x `n`, with `c` outputs, exceed `limit` bytes."
-    need = lambda n: itemsize * (3 * n * n + n_val * n + n * (4 * d + 4 * c)) + 2**28
+def check_pairs(n: int, n_val: int, d: int, itemsize: int, limit: float, c: int = 1, copies: int = 3):
+    "MemoryError, saying what would fit, when `copies` Gram matrices of `n` images and one of `n_val` x `n`, with `c` outputs, exceed `limit` bytes."
+    need = lambda n: itemsize * (copies * n * n + n_val * (n + d + c) + n * (4 * d + 4 * c)) + 2**28
     what = f"a fit to X with {n:,} images, {n * n:,} pairs, in {8 * itemsize}-bit numbers,"
     plan(need, what, "Pass float32 images (half the memory), fewer of them, or a larger memory_limit.", size=n, unit="images", limit=limit)
 
@@ -177,6 +179,7 @@ class _ConvRFM(_RFM):
 
     def _check_val(self, X, y): return super()._check_val(self._rows(X), y)
 
+    @all_or_nothing
     def fit(self, X, y, X_val=None, y_val=None, M=None):
         """Fit to images `X` `(n, c, h, w)`, or rows with `image_shape`, and `y` `(n,)` or `(n, c)`. With `X_val`, `y_val` (or `validation_fraction`) the round, and in each round the ridge, that score best there are kept.
 
@@ -190,10 +193,10 @@ class _ConvRFM(_RFM):
         self._layer(kernel, Xt, Yt, None if X_val is None else self._images(X_val, device, dtype), y_val, self._first_metric(M, Xt))
         return self
 
-    def _plan(self, X, c, device):
-        "MemoryError before the work where a fit to `X` with `c` outputs does not fit."
-        n_val = int(len(X) * (self.validation_fraction or 0))
-        check_pairs(len(X) - n_val, n_val, X.shape[1], 4 if device.type == "cuda" else X.itemsize, free_memory(device) if self.memory_limit is None else self.memory_limit, c)
+    def _plan(self, X, c, device, n_val):
+        "MemoryError before the work where a fit to `X` with `c` outputs and `n_val` validation images does not fit."
+        c *= len(np.ravel(self.reg))
+        check_pairs(len(X), n_val, X.shape[1], 4 if device.type == "cuda" else X.itemsize, free_memory(device) if self.memory_limit is None else self.memory_limit, c)
 
     def _first_metric(self, M, X):
         "The matrix of round 0 in double precision, checked, where `X` is; None is the identity."
@@ -292,8 +295,8 @@ class _DeepRFM(_ConvRFM):
         super().__init__(depth, patch_size, n_iter, reg, n_grad, padding, pooling, image_shape, validation_fraction, memory_limit, verbose, random_state, device)
         self.width, self.activation = width, activation
 
-    def _plan(self, X, c, device):
-        super()._plan(X, c, device)
+    def _plan(self, X, c, device, n_val):
+        super()._plan(X, c, device, n_val)
         positions, channels = int(np.prod(self.image_shape_[1:])), self.image_shape_[0]
         width = channels * self.patch_size**2 if self.width is None else int(self.width)
         need = lambda width: (8 if X.itemsize == 8 else 4) * width * (3 * len(X) * positions + 4 * width * self.patch_size**4 * (self.depth > 2))

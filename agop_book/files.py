@@ -85,6 +85,6 @@ def _digest(arrays, text):
 
 
 def _json(value):
-    "Numpy numbers as Python's; TypeError for anything that a file cannot hold."
-    if hasattr(value, "item"): return value.item()
+    "Numpy numbers and arrays as Python's; TypeError for anything that a file cannot hold."
+    if hasattr(value, "tolist"): return value.tolist()
     raise TypeError(f"{value!r} cannot be kept in a model file.")

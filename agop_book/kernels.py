@@ -47,7 +47,10 @@ def check_metric(M, d: int, like: torch.Tensor):
     if isinstance(M, Shared):
         if d % len(M.A): raise ValueError(f"M is shared by the positions of {len(M.A)} channels, which do not divide {d} features.")
         return Shared(check_metric(M.A, len(M.A), like))
-    M = as_tensor(M, "M", None).to(like)
+    given = as_tensor(M, "M", None).detach()
+    M = given.to(like)
+    if not torch.isfinite(M).all() or given.any() and not M.any():
+        raise ValueError(f"M has entries up to {float(given.abs().max()):.3g}, which {like.dtype} cannot hold; rescale M, or pass float64 data.")
     if M.shape not in ((d,), (d, d)): raise ValueError(f"M has shape {tuple(M.shape)}; with {d} features it must be ({d},) for a diagonal or ({d}, {d}).")
     scale = M.abs().max()
     if M.ndim == 1: low = M.min()
@@ -61,10 +64,16 @@ def check_metric(M, d: int, like: torch.Tensor):
 
 # %% ../nbs/01_kernels.ipynb #111d2772
 def _positive(value, name, upper=math.inf):
-    "`value` as a float; ValueError unless it is a finite number in (0, upper]."
-    if is_number(value) and 0 < value <= upper and math.isfinite(value): return float(value)
-    limit = "" if upper == math.inf else f" and at most {upper}"
-    raise ValueError(f"{name} must be a finite number above 0{limit}, got {value!r}.")
+    "`value` as a float; ValueError unless it is a number in (0, upper], and neither its square nor the inverse of that overflows."
+    if is_number(value) and 1e-150 <= value <= min(upper, 1e150): return float(value)
+    limit = "1e150" if upper == math.inf else f"{upper}"
+    raise ValueError(f"{name} must be a finite number above 0 (from 1e-150 to {limit}), got {value!r}.")
+
+
+def _rate(value, r):
+    "`value`, or the number next to it whose product with 0 is 0 in the precision of `r`."
+    top = torch.finfo(r.dtype).max ** 0.5
+    return max(-top, min(top, value))
 
 # %% ../nbs/01_kernels.ipynb #5a8d7def
 TILE = 512  # rows and columns of a tile: its temporaries stay in cache
@@ -101,25 +110,25 @@ class Side:
     "Points `x` `(n, d)` with `xM = x M` and `sq = |x|_M^2`; slicing gives the same for a part."
 
     def __init__(self, x, M=None, xM=None, sq=None):
-        self.x, self.xM = x, apply_metric(x, M) if xM is None else xM
+        self.x, self.M, self.xM = x, M, apply_metric(x, M) if xM is None else xM
         self.sq = (self.xM * x).sum(-1).clamp(min=0) if sq is None else sq
         if sq is None and not torch.isfinite(self.sq).all():
             raise ValueError(f"squared distances overflow {x.dtype}: entries reach {x.abs().max():.3g}; rescale the features.")
 
-    def __getitem__(self, part): return Side(self.x[part], None, self.xM[part], self.sq[part])
+    def __getitem__(self, part): return Side(self.x[part], self.M, self.xM[part], self.sq[part])
 
     def unit(self):
         "The points divided by their norms; 0 stays 0, though its norm then passes for 1: at a right angle to everything."
         scale = torch.where(self.sq > 0, self.sq.rsqrt(), 0)[:, None]
-        return Side(self.x * scale, None, self.xM * scale, torch.ones_like(self.sq))
+        return Side(self.x * scale, self.M, self.xM * scale, torch.ones_like(self.sq))
 
-    def __neg__(self): return Side(-self.x, None, -self.xM, self.sq)
+    def __neg__(self): return Side(-self.x, self.M, -self.xM, self.sq)
 
 # %% ../nbs/01_kernels.ipynb #3ebbfeb0
 def squared_distances(left: Side,    # n points
                       right: Side    # m points
                       ) -> torch.Tensor:
-    "|x - z|_M^2 `(n, m)`, by products, and by differences where those would lose two thirds of the digits; 0 where x and z are equal up to rounding."
+    "|x - z|_M^2 `(n, m)`, by products, and by differences where those would lose two thirds of the digits."
     squares = torch.addmm(right.sq, left.xM, right.x.T, alpha=-2).add_(left.sq[:, None])
     eps = torch.finfo(squares.dtype).eps
     near = 2 * eps ** (2 / 3) * left.sq                            # close points have about equal norms
@@ -135,10 +144,12 @@ def squared_distances(left: Side,    # n points
 
 def _recompute(squares, left, right, i, j):
     "Entries (i, j) of `squares` from the differences of the points."
-    tiny = (16 * torch.finfo(squares.dtype).eps) ** 2
     for i, j in zip(*(t.split(max(1, 2**18 // left.x.shape[1])) for t in (i, j))):
-        exact = ((left.x[i] - right.x[j]) * (left.xM[i] - right.xM[j])).sum(1)
-        squares[i, j] = torch.where(exact > tiny * left.sq[i], exact, 0)
+        gap = left.x[i] - right.x[j]
+        exact = (gap * (left.xM[i] - right.xM[j])).sum(1)
+        closer = exact < 1e-6 * left.sq[i]                         # here x M - z M has lost too much itself
+        exact[closer] = (gap[closer] * apply_metric(gap[closer], left.M)).sum(1)
+        squares[i, j] = exact.clamp_(min=0)
 
 
 @dataclass(frozen=True)
@@ -148,7 +159,11 @@ class Radial(Kernel):
 
     def __post_init__(self): object.__setattr__(self, "bandwidth", _positive(self.bandwidth, "bandwidth"))
 
-    def shift(self, z): return z[::max(1, len(z) // 1000)].median(0).values
+    def shift(self, z):
+        "The median of the points, rounded so that no point loses a digit when it is taken off."
+        digits = round(math.log2(torch.finfo(z.dtype).eps))
+        unit = torch.ldexp(torch.ones_like(z[0]), torch.frexp(z.abs().amax(0)).exponent + digits)
+        return (z[::max(1, len(z) // 1000)].median(0).values / unit).round() * unit
 
     def tile(self, left: Side, right: Side, slopes: bool = False):
         "K `(rows, columns)` and, with `slopes`, A such that grad_x k(x, z) = M (A z - A x); A is 0 where the slope diverges (coincident points)."
@@ -163,14 +178,14 @@ class Radial(Kernel):
 # %% ../nbs/01_kernels.ipynb #26b74a22
 class Laplace(Radial):
     "exp(-r / L)"
-    def phi(self, r): return (r * (-1 / self.bandwidth)).exp_()
-    def slope(self, r, phi): return phi.div(r).mul_(-1 / self.bandwidth)
+    def phi(self, r): return (r * _rate(-1 / self.bandwidth, r)).exp_()
+    def slope(self, r, phi): return phi.div(r).mul_(_rate(-1 / self.bandwidth, r))
 
 
 class Gaussian(Radial):
     "exp(-r^2 / (2 L^2))"
-    def phi(self, r): return (r * r).mul_(-0.5 / self.bandwidth**2).exp_()
-    def slope(self, r, phi): return phi * (-1 / self.bandwidth**2)
+    def phi(self, r): return (r * _rate(1 / self.bandwidth, r)).square_().mul_(-0.5).exp_()
+    def slope(self, r, phi): return phi * _rate(-1 / self.bandwidth**2, r)
 
 
 @dataclass(frozen=True)
@@ -182,20 +197,33 @@ class GeneralizedExponential(Radial):
         super().__post_init__()
         object.__setattr__(self, "exponent", _positive(self.exponent, "exponent", 2))
 
-    def phi(self, r): return (r / self.bandwidth).pow_(self.exponent).neg_().exp_()
-    def slope(self, r, phi): return phi * r.pow(self.exponent - 2).mul_(-self.exponent / self.bandwidth**self.exponent)
+    def phi(self, r): return (r * _rate(1 / self.bandwidth, r)).pow_(self.exponent).neg_().exp_()
+    def slope(self, r, phi): return phi * r.pow(self.exponent - 2).mul_(_rate(-self.exponent / self.bandwidth**self.exponent, r))
 
 
 class Matern32(Radial):
     "(1 + s) exp(-s), s = sqrt(3) r / L"
-    def phi(self, r): s = r * (3**0.5 / self.bandwidth); return (1 + s) * torch.exp(-s)
-    def slope(self, r, phi): return torch.exp(r * (-(3**0.5) / self.bandwidth)) * (-3 / self.bandwidth**2)
+    def phi(self, r):
+        s = _scaled(r, 3**0.5 / self.bandwidth)
+        return (1 + s) * torch.exp(-s)
+
+    def slope(self, r, phi): return torch.exp(-_scaled(r, 3**0.5 / self.bandwidth)) * _rate(-3 / self.bandwidth**2, r)
 
 
 class Matern52(Radial):
     "(1 + s + s^2/3) exp(-s), s = sqrt(5) r / L"
-    def phi(self, r): s = r * (5**0.5 / self.bandwidth); return (1 + s + s * s / 3) * torch.exp(-s)
-    def slope(self, r, phi): s = r * (5**0.5 / self.bandwidth); return (1 + s) * torch.exp(-s) * (-5 / (3 * self.bandwidth**2))
+    def phi(self, r):
+        s = _scaled(r, 5**0.5 / self.bandwidth)
+        return (1 + s + s * s / 3) * torch.exp(-s)
+
+    def slope(self, r, phi):
+        s = _scaled(r, 5**0.5 / self.bandwidth)
+        return (1 + s) * torch.exp(-s) * _rate(-5 / (3 * self.bandwidth**2), r)
+
+
+def _scaled(r, rate):
+    "r times `rate`, up to where exp(-r) is 0 in every precision."
+    return (r * _rate(rate, r)).clamp_(max=1000)
 
 # %% ../nbs/01_kernels.ipynb #b451d737
 def _gaps(left, right):

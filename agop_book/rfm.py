@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SOLVERS', 'CHECKS', 'fill', 'cholesky_', 'slopes_product', 'gram_rows', 'slopes_rows', 'plan_memory',
-           'CholeskySolver', 'rounds', 'check_parameters', 'Round', 'RFMRegressor', 'RFMClassifier']
+           'CholeskySolver', 'rounds', 'check_parameters', 'all_or_nothing', 'Round', 'RFMRegressor', 'RFMClassifier']
 
 # %% ../nbs/03_rfm.ipynb #1892b835
+import functools
 import numbers
 import time
 import warnings
@@ -94,8 +95,8 @@ def plan_memory(n: int,          # rows
                 diag: bool = False  # M is diagonal
                 ) -> int:
     "Bytes that a dense fit takes at its peak; MemoryError, saying what would fit, when that is above `limit`."
-    metric = 8 * d if diag else 4 * d * d
-    need = lambda n: itemsize * (n * n + n * (6 * d + 4 * c) + metric) + 2**26
+    metric = 8 * d if diag else 5 * d * d
+    need = lambda n: itemsize * (n * n + n * (6 * d + 8 * c) + metric) + 2**26
     what = f"a fit to X with {n:,} rows and {d:,} features, {c:,} outputs, in {8 * itemsize}-bit numbers,"
     remedy = "Pass float32 data (half the memory), fewer rows, diag=True for many features, or a larger memory_limit."
     return plan(need, what, remedy, size=n, limit=limit)
@@ -118,6 +119,8 @@ class CholeskySolver:
             self.buf.diagonal().add_(reg)
             if cholesky_(self.buf): break
             raised = max(10 * reg, 10 * torch.finfo(side.x.dtype).eps * scale)
+            if not 0 < raised <= 100 * len(self.buf) * scale:       # a ridge that large makes any Gram matrix positive definite
+                raise ValueError(f"the Gram matrix (largest entry {scale:.3g}) holds NaN, or nothing but zeros; rescale X, or change the bandwidth.")
             warnings.warn(f"the Gram matrix is not positive definite with reg={reg:.3g}; using reg={raised:.3g}. Pass a larger reg, or a smaller bandwidth.", stacklevel=4)
             reg = raised
         half = torch.linalg.solve_triangular(self.buf, Y, upper=False)
@@ -171,9 +174,9 @@ def rounds(solver, kernel, X, Y, reg, n_iter, M=None, diag=False, center=True):
 
 # %% ../nbs/03_rfm.ipynb #c644a7a9
 CHECKS = {  # parameter: (test, what it must be)
-    "bandwidth": (lambda v: _is(v, numbers.Real) and 0 < v < np.inf, "a finite number above 0, in the units of distances between rows"),
+    "bandwidth": (lambda v: _is(v, numbers.Real) and 1e-150 <= v <= 1e150, "a finite number above 0 (from 1e-150 to 1e150), in the units of distances between rows"),
     "n_iter": (lambda v: _is(v, numbers.Integral) and 0 <= v <= 10**6, "an integer from 0 to 1,000,000"),
-    "reg": (lambda v: _is(v, numbers.Real) and 0 <= v < np.inf, "a finite number of at least 0"),
+    "reg": (lambda v: _is(v, numbers.Real) and 0 <= v <= 1e30, "a finite number of at least 0 and at most 1e30"),
     "diag": (lambda v: isinstance(v, (bool, np.bool_)), "True or False"),
     "center": (lambda v: isinstance(v, (bool, np.bool_)), "True or False"),
     "validation_fraction": (lambda v: v is None or _is(v, numbers.Real) and 0 < v < 1, "None or a number between 0 and 1"),
@@ -190,11 +193,26 @@ def check_parameters(estimator, checks: dict):
     "ValueError, naming the parameter, its value and what it must be, for the first that fails its test in `checks`."
     for name, value in estimator.get_params(deep=False).items():
         test, want = checks.get(name, (lambda v: True, ""))
-        try: good = test(value)
-        except TypeError: good = False
+        try: good = bool(test(value))
+        except Exception: good = False                    # whatever a foreign value makes of a comparison
         if not good: raise ValueError(f"{name} must be {want}, got {value!r}.")
 
 # %% ../nbs/03_rfm.ipynb #0a6a6dfa
+def all_or_nothing(fit):
+    "A `fit` that leaves the estimator as it was where it fails before its first round."
+    @functools.wraps(fit)
+    def safe(self, *args, **options):
+        before = dict(vars(self))
+        try: return fit(self, *args, **options)
+        except Exception:
+            kept = vars(self).get("machine_")
+            if kept is None or kept is before.get("machine_"):
+                vars(self).clear()
+                vars(self).update(before)
+            raise
+    return safe
+
+
 class Round(NamedTuple):
     "One round: its machine, M (None: the identity), the ridge used, the fitted values at the training points `(n, c)`, the score on validation points (NaN without)."
     machine: object
@@ -210,9 +228,14 @@ class _Rounds(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     def _validation(self, X, Y, y, X_val, y_val):
         "Training points with their targets, and validation points with theirs: the given ones, a part held out, or None."
         if (X_val is None) != (y_val is None): raise ValueError(f"X_val and y_val go together; only {'y_val' if X_val is None else 'X_val'} was given.")
-        if X_val is not None: X_val, y_val = self._check_val(X_val, y_val)
+        if X_val is not None:
+            X_val, y_val = self._check_val(X_val, y_val)
+            if y.ndim == 1 and y_val.ndim == 2 and y_val.shape[1] == 1: y_val = y_val[:, 0]
+            if y_val.shape[1:] != y.shape[1:]: raise ValueError(f"y_val has shape {y_val.shape}, which does not go with y of shape {y.shape}.")
         elif self.validation_fraction is not None: X, X_val, Y, _, _, y_val = train_test_split(X, Y, y, test_size=self.validation_fraction, random_state=self.random_state)
         elif np.size(self.reg) > 1: raise ValueError(f"reg={self.reg!r} holds {np.size(self.reg)} ridges to choose from; that takes X_val and y_val, or validation_fraction.")
+        if isinstance(self, RegressorMixin) and X_val is not None and len(X_val) < 2:
+            raise ValueError(f"X_val (or validation_fraction={self.validation_fraction}) holds one row, on which R2 says nothing; take at least 2.")
         return X, Y, X_val, y_val
 
     def _learn(self, steps, Y, identity, validated, earlier=()):
@@ -258,24 +281,42 @@ class _Rounds(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         if isinstance(found, str) and found != cls.__name__:
             raise ValueError(f"{str(path)!r} holds a {found}, not a {cls.__name__}; call {found}.load.")
         try: return cls._opened({k: torch.from_numpy(v) for k, v in arrays.items()}, meta)
-        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{str(path)!r} is not a complete model file written by save(): {error!r}") from None
 
     @classmethod
     def _opened(cls, arrays, meta):
         "The model that a file describes."
+        if meta["identity"] not in (True, False): raise ValueError(f"identity is {meta['identity']!r}")
         model, machine = cls._rebuilt(meta, {**arrays, "M_": None if meta["identity"] else arrays["M"]})
         if meta["features"]: model.feature_names_in_ = np.array(meta["features"], dtype=object)
         model._restore(meta)
         model._keep(machine, arrays["M"], meta["best_round"], meta["history"])
+        coef, classes = machine.coef, getattr(model, "classes_", None)
+        if len(coef) != len(machine.centers) or not (torch.isfinite(coef).all() and torch.isfinite(machine.centers).all()):
+            raise ValueError("its coefficients and centers do not go together, or are not finite")
+        if not torch.isfinite(torch.as_tensor(machine(machine.centers[:1]))).all(): raise ValueError("it predicts nothing finite")
+        if classes is not None and not len(np.unique(classes)) == len(classes) == coef.shape[1]:
+            raise ValueError(f"it holds {len(classes)} classes for {coef.shape[1]} outputs")
         return model
 
     def _check_outcome(self):
         "Warn where nothing was learned, and say why."
-        score = self.history_["train_score"][self.best_round_] if isinstance(self, RegressorMixin) else 1.0
-        if self.M_.any() and not score < 0.1: return
-        what = "M_ is zero" if not self.M_.any() else f"R2 is {score:.2g} on the training rows"
-        warnings.warn(f"{what}: the fitted function is (nearly) constant. {self._reason()}", stacklevel=3)
+        regression = isinstance(self, RegressorMixin)
+        score = self.history_["train_score"][self.best_round_] if regression else 1.0
+        if not self.M_.any() or score < 0.1:
+            what = "M_ is zero" if not self.M_.any() else f"R2 is {score:.2g} on the training rows"
+            warnings.warn(f"{what}: the fitted function is (nearly) constant. {self._reason()}", stacklevel=4)
+        elif regression and (near := self._nearest()) < 1e-4:
+            warnings.warn(f"the kernel between a training row and its nearest neighbour is typically {near:.2g}, so that predictions vanish away from the training rows. "
+                          "M_ grows with the square of y, and distances with M_: standardise y, or pass a larger bandwidth.", stacklevel=4)
+
+    def _nearest(self):
+        "Median over some training rows of the kernel to their nearest neighbour; 1 where that is not a matter of distance."
+        machine = self.machine_
+        if not isinstance(machine, KernelMachine) or not isinstance(machine.kernel, Radial): return 1.0
+        rows = machine.centers[:: max(1, len(machine.centers) // 200)]
+        return float(machine.kernel(rows, machine.centers, machine.M).topk(2).values[:, 1].median())
 
     def _reason(self):
         "What the kernel makes of the training rows."
@@ -292,7 +333,11 @@ class _Rounds(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
 
 
 # %% ../nbs/03_rfm.ipynb #dc001a73
-def _spec(kernel): return {"name": type(kernel).__name__, **asdict(kernel)} if isinstance(kernel, Kernel) else kernel
+def _spec(kernel):
+    "What a file says of a kernel; ValueError for a class that `load` would not know."
+    if not isinstance(kernel, Kernel): return kernel
+    if type(kernel) not in KERNELS.values(): raise ValueError(f"kernel {kernel!r} is of a class of your own, which a file cannot hold; keep the model with joblib.")
+    return {"name": type(kernel).__name__, **asdict(kernel)}
 
 
 def _kernel(spec):
@@ -309,6 +354,7 @@ class _RFM(_Rounds):
         self.validation_fraction, self.solver, self.warm_start, self.memory_limit = validation_fraction, solver, warm_start, memory_limit
         self.verbose, self.random_state, self.device = verbose, random_state, device
 
+    @all_or_nothing
     def fit(self, X, y, X_val=None, y_val=None, M=None):
         """Fit to `X` `(n, d)` and `y` `(n,)` or `(n, c)`. With `X_val`, `y_val` (or `validation_fraction`) the round that scores best there is kept.
 
@@ -319,7 +365,11 @@ class _RFM(_Rounds):
         device, kernel = pick_device(self.device), self.kernel
         if not isinstance(kernel, Kernel): kernel = KERNELS[kernel](*[self.bandwidth] * ("bandwidth" in KERNELS[kernel].__dataclass_fields__))
         old = (self.M_, self.history_[:self.best_round_]) if self.warm_start and M is None and hasattr(self, "M_") else None
+        names = getattr(self, "feature_names_in_", None)
         X, Y, X_val, y_val = self._data(X, y, X_val, y_val, device)
+        if old is not None and not np.array_equal(names, getattr(self, "feature_names_in_", None)):
+            warnings.warn("warm_start: X has other columns than in the last fit, or another order of them; starting afresh.", stacklevel=3)
+            old = None
         send = lambda a: torch.from_numpy(np.array(a, X.dtype, order="C")).to(device, torch.float32 if device.type == "cuda" else None)
         Xt, Yt, Xv = send(X), send(Y), None if X_val is None else send(X_val)
         M, earlier = self._first_metric(M, Xt), []
@@ -344,12 +394,12 @@ class _RFM(_Rounds):
     def _data(self, X, y, X_val, y_val, device):
         "Checked training rows with their targets `(n, c)`, and validation rows with theirs or None. Forgets an earlier fit."
         X, y = self._check_fit(X, y)
-        self._plan(X, self._n_outputs(y), device)
+        self._plan(X, self._n_outputs(y), device, int(len(X) * (self.validation_fraction or 0)) if X_val is None else len(X_val))
         found = self._validation(X, self._encode(y, X.dtype), y, X_val, y_val)
         for name in ("machine_", "M_", "dual_coef_", "history_", "best_round_"): vars(self).pop(name, None)
         return found
 
-    def _plan(self, X, c, device):
+    def _plan(self, X, c, device, n_val):
         "MemoryError before the work where a fit to `X` with `c` outputs does not fit."
         plan_memory(*X.shape, c, 4 if device.type == "cuda" else X.itemsize, free_memory(device) if self.memory_limit is None else self.memory_limit, bool(self.diag))
 
@@ -457,9 +507,13 @@ class RFMClassifier(ClassifierMixin, _RFM):
         super().__init__(kernel, bandwidth, n_iter, reg, diag, center, validation_fraction, solver, warm_start, memory_limit, verbose, random_state, device)
 
     def _check_fit(self, X, y):
-        X, y = validate_data(self, as_real(X, "X"), as_real(y, "y", dates=True), dtype=[np.float64, np.float32], ensure_min_samples=2)
+        y = as_real(y, "y", dates=True)
+        if y is not None and getattr(getattr(y, "dtype", None), "kind", "O") in "OmM" and pd.isna(np.asarray(y, dtype=object)).any():
+            raise ValueError("y contains missing labels (None, NaN, NA or NaT); drop those rows.")
+        X, y = validate_data(self, as_real(X, "X"), y, dtype=[np.float64, np.float32], ensure_min_samples=2)
         check_classification_targets(y)
-        self.classes_, y = np.unique(y, return_inverse=True)
+        try: self.classes_, y = np.unique(y, return_inverse=True)
+        except TypeError as error: raise ValueError(f"y holds labels that do not compare: {error}. Make all of them strings, or all numbers.") from None
         if len(self.classes_) < 2: raise ValueError(f"y holds only one class ({self.classes_.tolist()[0]!r}); a classifier needs at least 2 classes.")
         return X, y
 
@@ -475,7 +529,8 @@ class RFMClassifier(ClassifierMixin, _RFM):
         X = self._valid(X)
         y = np.asarray(as_real(y, "y_val", dates=True))
         check_consistent_length(X, y)
-        unknown = np.setdiff1d(y, self.classes_)
+        try: unknown = np.setdiff1d(y, self.classes_)
+        except TypeError as error: raise ValueError(f"y_val cannot be compared with the classes {self.classes_.tolist()}: {error}") from None
         if len(unknown): raise ValueError(f"y_val holds the class {unknown.tolist()[0]!r}, which y does not; the classes are {self.classes_.tolist()}.")
         return X, np.searchsorted(self.classes_, y)
 

@@ -33,7 +33,7 @@ from .arrays import is_number as _is
 from .arrays import like, as_real
 from .files import load_arrays, save_arrays
 from .memory import free_memory, plan
-from .rfm import _RFM, CHECKS, RFMClassifier, RFMRegressor, _kernel, check_parameters, fill, gram_rows
+from .rfm import _RFM, CHECKS, RFMClassifier, RFMRegressor, _kernel, all_or_nothing, check_parameters, fill, gram_rows
 
 # %% ../nbs/13_scattering.ipynb #b7c35098
 @lru_cache(maxsize=8)
@@ -311,6 +311,7 @@ class _MapRFM(_RFM):
         self.metric, self.channels, self.kernel, self.bandwidth, self.n_iter, self.reg, self.center = metric, channels, kernel, bandwidth, n_iter, reg, center
         self.validation_fraction, self.memory_limit, self.verbose, self.random_state, self.device = validation_fraction, memory_limit, verbose, random_state, device
 
+    @all_or_nothing
     def fit(self, X, y, X_val=None, y_val=None):
         """Fit to rows `X` `(n, d)` and `y` `(n,)` or `(n, c)`. With `X_val`, `y_val` (or `validation_fraction`) the round, and in each round the ridge, that score best there are kept.
 
@@ -325,13 +326,12 @@ class _MapRFM(_RFM):
         self._learn(steps, Y, torch.eye(self.channels, device=device) if self.metric == "shared" else torch.ones(X.shape[1], device=device), X_val is not None)
         return self
 
-    def _plan(self, X, c, device):
+    def _plan(self, X, c, device, n_val):
         "ValueError where the features are no maps; MemoryError before the work where a fit to `X` with `c` outputs does not fit."
         if self.metric != "diag" and self.channels is None: raise ValueError(f"metric={self.metric!r} needs channels, the number of maps in a row of X: pass channels=c * paths, as Scattering's maps_shape_ begins.")
         if self.metric != "diag" and X.shape[1] % self.channels: raise ValueError(f"X has {X.shape[1]} features, which are not channels={self.channels} maps of one size.")
         limit = free_memory(device) if self.memory_limit is None else self.memory_limit
-        n_val = int(len(X) * (self.validation_fraction or 0))
-        check_pairs(len(X) - n_val, n_val, X.shape[1], 4 if device.type == "cuda" else X.itemsize, limit, c)
+        check_pairs(len(X), n_val, X.shape[1], 4 if device.type == "cuda" else X.itemsize, limit, c * len(np.ravel(self.reg)), copies=7)
         if self.metric == "shared":
             plan(lambda C: 48 * C * C, f"metric='shared' on {self.channels:,} channels", "Pass metric='separable' or 'diag', or fewer channels.",
                  size=self.channels, unit="channels", limit=limit)

@@ -276,6 +276,23 @@ def test_one_far_training_row_leaves_the_others_alone(model, far, dtype):
     assert abs(base.clone(model).fit(X[:600], y[:600]).score(X[600:], y[600:]) - want) < 0.005
 
 
+def test_rows_far_from_the_others_keep_their_distances():
+    "Two clusters a million apart: within each of them single precision is exact, and so must be what is made of it."
+    rng = np.random.default_rng(0)
+    Z = rng.normal(size=(60, 3)).astype(np.float32)
+    Z[30:] += 1e6
+    B = rng.normal(size=(3, 3)).astype(np.float32)
+    for kernel in (Laplace(5.0), Matern52(5.0)):
+        for M in (None, np.float32([1, 2, 3]), B @ B.T):
+            exact = kernel(Z.astype(np.float64), M=None if M is None else M.astype(np.float64))
+            np.testing.assert_allclose(kernel(Z, M=M), exact, atol=1e-5)
+    X = rng.normal(size=(300, 3))
+    X[:, 0] = 1e6 * (np.arange(300) % 2)
+    y = np.sin(2 * X[:, 1]) + X[:, 2]
+    single, double = (RFMRegressor(n_iter=0).fit(X[:200].astype(t), y[:200]).score(X[200:].astype(t), y[200:]) for t in (np.float32, np.float64))
+    assert double > 0.8 and abs(single - double) < 1e-3
+
+
 def test_agop_is_not_moved_by_a_far_row_elsewhere():
     X = np.random.default_rng(0).normal(size=(200, 4)).astype(np.float32)
     far = X.copy()
@@ -493,11 +510,87 @@ def test_channels_last_is_said():
     ConvRFMClassifier(depth=1, padding="zero", n_iter=0, image_shape=(8, 8, 3)).fit(X, np.arange(6) % 2)       # said to be channels
 
 
+@pytest.mark.parametrize("name", SAVING)
+def test_a_refused_fit_leaves_the_model_as_it_was(name):
+    model, X = copy.deepcopy(FITTED[name]), rows(seed=1)
+    want, attributes = scores(model, X), {k: v for k, v in vars(model).items() if k != "machine_"}
+    y = labels(name, rows())
+    refused = [lambda: model.fit(rows(), y, rows(), None), lambda: model.fit(rows(), y[:20]), lambda: model.fit(spoilt(rows(), np.nan), y)]
+    if name.startswith("classifier"): refused.append(lambda: model.fit(rows(), np.zeros(48)))
+    if "Map" not in name: refused.append(lambda: model.fit(rows(), y, M=-np.eye(16 if "RFM" == name.split()[1][:3] else 9)))
+    for fit in refused:
+        with pytest.raises((ValueError, TypeError)): fit()
+        np.testing.assert_array_equal(scores(model, X), want)
+        assert {k for k in vars(model) if k != "machine_"} == set(attributes) and model.n_features_in_ == 16
+
+
+@pytest.mark.parametrize("name", SAVING)
+def test_validation_targets_of_other_shapes(name):
+    X, y = rows(), labels(name, rows())
+    right = base.clone(EVERY[name]).fit(X, y, X, y).history_["val_score"]
+    np.testing.assert_allclose(base.clone(EVERY[name]).fit(X, y, X, y[:, None]).history_["val_score"], right)
+    for bad in (np.stack([y, y], 1), y[:, None, None]):
+        with pytest.raises(ValueError, match="y_val has shape"): base.clone(EVERY[name]).fit(X, y, X, bad)
+    if name.startswith("regressor"):
+        with pytest.raises(ValueError, match="one row"): base.clone(EVERY[name]).fit(X, y, X[:1], y[:1])
+
+
+@pytest.mark.parametrize("labels", [["a", None] * 24, [np.nan, "b"] * 24, [1, "b"] * 24, [pd.NA, "b"] * 24, np.array(["2020", "NaT"] * 24, "datetime64[D]"), pd.Series(["a", None] * 24, dtype="string")], ids=str)
+def test_labels_that_are_missing_or_do_not_compare(labels):
+    labels = labels if hasattr(labels, "dtype") else np.array(labels, dtype=object)
+    with pytest.raises(ValueError, match="^y (contains missing labels|holds labels)|Input y contains NaN|[Uu]nknown label type|mix of label"): RFMClassifier(n_iter=0).fit(rows(), labels)
+
+
+def test_no_ridge_mends_a_matrix_of_nothing():
+    with pytest.raises(ValueError, match="nothing but zeros"): RFMRegressor("ntk", n_iter=0, reg=0).fit(np.zeros((5, 2)), np.arange(5.0))
+    for kernel in (Matern52(0.01), Laplace(1e-100)):
+        X = rows(dtype=np.float32)
+        X[0, 0] = 1e18
+        assert np.isfinite(kernel(X)).all()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert np.isfinite(RFMRegressor(kernel, n_iter=0).fit(X, X[:, 1]).predict(X)).all()
+    with pytest.raises(ValueError, match="bandwidth"): Laplace(1e-320)
+
+
+def test_warm_start_with_other_columns_starts_afresh():
+    X = pd.DataFrame(rows(), columns=[f"f{i}" for i in range(16)])
+    y = X["f0"] * X["f1"]
+    model = RFMRegressor(n_iter=2, warm_start=True).fit(X, y)
+    with pytest.warns(UserWarning, match="starting afresh"): model.fit(X[X.columns[::-1]], y)
+    np.testing.assert_allclose(model.M_, RFMRegressor(n_iter=2).fit(X[X.columns[::-1]], y).M_)
+
+
+def test_files_that_load_could_not_open_are_not_written(tmp_path):
+    class Own(Laplace): pass
+    with pytest.raises(ValueError, match="class of your own"): RFMRegressor(Own(3.0), n_iter=0).fit(rows(), rows()[:, 0]).save(tmp_path / "m")
+    model = MapRFMRegressor(n_iter=0, reg=np.array([1e-3, 1e-2]), validation_fraction=0.3, random_state=0).fit(rows(), rows()[:, 0])
+    model.save(tmp_path / "m")
+    np.testing.assert_array_equal(MapRFMRegressor.load(tmp_path / "m").predict(rows()), model.predict(rows()))
+
+
+@pytest.mark.parametrize("spoil", [lambda a, m: m.pop("classes"), lambda a, m: m.update(classes=[0, 0, 0]), lambda a, m: m.update(classes=[1]), lambda a, m: m.update(classes_dtype=[]),
+                                   lambda a, m: m.update(identity=-1), lambda a, m: a.update(coef=a["coef"][:5]), lambda a, m: a.update(coef=a["coef"] * np.nan), lambda a, m: a.update(M=a["M"][:0]),
+                                   lambda a, m: m.update(params={"n": 1}), lambda a, m: m.update(kernel={"name": "os.system"}), lambda a, m: m.update(history=3)])
+@pytest.mark.parametrize("name", ["classifier RFM", "classifier MapRFM shared", "classifier ConvRFM"])
+def test_whole_files_of_nonsense(name, spoil, tmp_path):
+    from agop_book.files import load_arrays, save_arrays
+    FITTED[name].save(tmp_path / "m")
+    arrays, about = load_arrays(tmp_path / "m")
+    spoil(arrays, about)
+    save_arrays(tmp_path / "m", arrays, about)
+    try: model = type(FITTED[name]).load(tmp_path / "m")
+    except ValueError as error: assert "not a complete model file" in str(error)
+    else: np.testing.assert_array_equal(scores(model, rows()), scores(FITTED[name], rows()))       # what it does not need
+
+
 # --- nothing learned is said -------------------------------------------------------------------------------------------------------------------
 
 def test_a_collapsed_fit_warns_and_says_why():
     X, y = rows(), rows()[:, 0]
     with pytest.warns(UserWarning, match="M_ is zero.*apart, where the kernel is 0 "): RFMRegressor("gaussian", n_iter=1).fit(1e6 * X, y)
+    f = 1e3 * np.sin(3 * X[:, 0]) * X[:, 1]
+    with pytest.warns(UserWarning, match="nearest neighbour is typically .*standardise y"): RFMRegressor(n_iter=1).fit(X, f)
     with pytest.warns(UserWarning, match="R2 is .*on the training rows.*standardise y"): RFMRegressor(n_iter=0, reg=1e4).fit(X, y)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

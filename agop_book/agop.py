@@ -179,7 +179,7 @@ def pullbacks(f,                      # torch callable, (b, *shape) -> (b, ...),
     _check_count(chunk, "chunk")
     with _uncompiled(), torch.inference_mode(False), torch.enable_grad():                # whatever mode the caller is in
         x = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
-        y = _outputs(f, x)
+        y = _outputs(_on_copies(f), x)
         total = y.sum(0) if signs is None else y
     seeds = None if signs is None else signs(y.detach())
     size = max(1, min(chunk or CHUNK, BUDGET // (x.numel() * x.element_size())))
@@ -192,6 +192,28 @@ def pullbacks(f,                      # torch callable, (b, *shape) -> (b, ...),
             else: v = seeds[part.start:part.stop].expand(-1, *y.shape).clone()
             g = _pull(total, x, v)
         yield g.reshape(len(part), len(x), -1).transpose(0, 1)
+
+
+def _on_copies(f):
+    "`f` on a copy of its input, which it may change; its errors name the remedy."
+    def g(x):
+        try: y = f(x.clone())
+        except (TypeError, RuntimeError) as error:
+            if "numpy" not in str(error): raise
+            raise TypeError(f"f does not take tensors ({error}). Pass method='differences' for f "
+                            "made of numpy, or write it with torch operations.") from error
+        if isinstance(y, torch.Tensor): _check_outputs(y, len(x))
+        return y
+    g.__self__ = getattr(f, "__self__", f)
+    return g
+
+
+def _check_outputs(y, n):
+    "TypeError for a sparse tensor, ValueError for one without outputs."
+    if y.layout != torch.strided:
+        raise TypeError(f"f returned a sparse tensor ({y.layout}); return a dense one: y.to_dense().")
+    if n and not y.numel():
+        raise ValueError(f"f returned shape {tuple(y.shape)} for {n} samples: no output to differentiate.")
 
 
 def _uncompiled():
@@ -340,10 +362,15 @@ def _check_step(step, d, name="step"):
 
 def _values(f, x):
     "f(x) as float64 `(m, c)`, or an error that says what is wrong with it."
-    y = f(x)
-    y = np.asarray(as_real(y, "what f returned"))
-    if y.dtype.kind not in "biuf": raise TypeError(f"f returned dtype {y.dtype}; real numbers are needed (for labels differentiate scores: predict_proba or decision_function).")
-    if y.ndim == 0 or len(y) != len(x): raise ValueError(f"f returned shape {y.shape} for {len(x)} samples; the first axis must be the samples.")
+    y = np.asarray(as_real(f(x.copy()), "what f returned"))             # f may change what it gets
+    if y.dtype.kind not in "iuf":
+        raise TypeError(f"f returned dtype {y.dtype}; real numbers are needed (for labels "
+                        "differentiate scores: predict_proba or decision_function).")
+    if y.ndim == 0 or len(y) != len(x):
+        raise ValueError(f"f returned shape {y.shape} for {len(x)} samples; the first axis must be "
+                         "the samples.")
+    if not y.size:
+        raise ValueError(f"f returned shape {y.shape} for {len(x)} samples: no output to differentiate.")
     return y.reshape(len(y), -1).astype(np.float64)
 
 # %% ../nbs/02_agop.ipynb #3b75676b
@@ -629,7 +656,7 @@ def agop(f,                         # KernelMachine, torch module or function, f
         together = reduce and _distributed()
         data = _check(x, floating=how == "pullbacks") if _is_array(x) else x
         if _is_array(x): _plan(how, machine if how == "closed_form" and not together else None, data, center, diag, probes)
-        if how == "closed_form" and isinstance(x, pd.DataFrame) and hasattr(f, "predict"): f.predict(x.iloc[:1])     # it knows which columns it was fitted to
+        if how == "closed_form" and isinstance(x, pd.DataFrame) and hasattr(f, "predict"): f.predict(x.iloc[:1].copy())     # it knows which columns it was fitted to
         if how == "closed_form" and _is_array(x) and not together:      # the machine streams by itself
             return _result(machine.agop(data.flatten(1), center=center, diag=diag), len(data), x, f, center)
         updates = {"pullbacks": lambda: _by_pullbacks(f, probes, center, random_state, chunk, together), "closed_form": lambda: _by_closed_form(machine),

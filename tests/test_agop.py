@@ -653,3 +653,27 @@ def test_likeness():
     assert cosine(1e200 * a, 1e-200 * a) == pytest.approx(1)
     with pytest.warns(UserWarning, match="A is constant"): assert math.isnan(pearson(torch.ones(3, 3) * 0.1, torch.eye(3)))
     with pytest.warns(UserWarning, match="B is zero"): assert math.isnan(cosine(torch.eye(3), torch.zeros(3, 3)))
+
+
+# functions that are not as they should be ------------------------------------------------------------------------------
+
+def test_a_function_may_change_what_it_gets():
+    def doubled(a):
+        a *= 2
+        return a[:, :1] ** 2
+    x = normal(9, 3)
+    wanted = torch.zeros(3, 3, dtype=f64)
+    wanted[0, 0] = (8 * x[:, 0]).square().mean()                          # f(x) = 4 x_0^2
+    for data in (x.clone(), x.clone().numpy()):
+        np.testing.assert_allclose(agop(doubled, data), wanted, rtol=1e-6, atol=1e-9)
+        np.testing.assert_array_equal(data, x)
+
+
+@pytest.mark.parametrize("x", [normal(6, 3), normal(6, 3).numpy()], ids=["torch", "numpy"])
+def test_outputs_that_cannot_be_differentiated(x):
+    with pytest.raises(ValueError, match=r", 0\).*no output"): agop(lambda a: a[:, :0], x)
+    with pytest.raises(TypeError, match="scores"): agop(lambda a: a > 0, x)
+
+
+def test_a_sparse_output_is_refused():
+    with pytest.raises(TypeError, match="sparse"): agop(lambda a: a.to_sparse(), normal(6, 3))

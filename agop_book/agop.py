@@ -416,7 +416,23 @@ def _spread(x):
     return np.where(scale > 1e-9 * size, scale, np.where(size > 0, size, 1.0))
 
 # %% ../nbs/02_agop.ipynb #3ae62251
-def _is_array(x): return isinstance(x, (torch.Tensor, np.ndarray, pd.DataFrame, pd.Series, list, tuple))
+def _is_array(x):
+    "Whether `x` is one array, or rows that make one; a list of batches is none."
+    if isinstance(x, (list, tuple)): return not (x and all(_is_batch(item) for item in x))
+    return isinstance(x, (torch.Tensor, np.ndarray, pd.DataFrame, pd.Series))
+
+
+def _is_batch(item): return getattr(_leading(item), "ndim", 0) > 1
+
+
+def _leading(item):
+    "Of a batch that is a tuple, as a loader gives, its first element."
+    return item[0] if isinstance(item, (tuple, list)) and len(item) else item
+
+
+def _first(x):
+    "What decides whether `x` is made of tensors: the first batch of a list of batches, else `x`."
+    return x if _is_array(x) or not isinstance(x, (list, tuple)) else _leading(x[0])
 
 
 def _check(x, name="x", floating=False):
@@ -446,7 +462,7 @@ def _batches(x, size, floating, progress):
         yield from (x[rows] for rows in blocks(len(x), size or _batch_size(x)))
         return
     for i, item in enumerate(tqdm(x, desc="agop", disable=progress is False, leave=False)):
-        if isinstance(item, (tuple, list)): item = item[0]
+        item = _leading(item)
         if not isinstance(item, (torch.Tensor, np.ndarray)):
             raise TypeError(f"batch {i} of x is a {type(item).__name__}; a tensor, an array or a tuple that starts with one is needed.")
         yield _check(item, f"batch {i} of x", floating)
@@ -627,7 +643,7 @@ MEANS = 2**28  # bytes that the mean Jacobian of a centred pass may take
 
 
 def agop(f,                         # KernelMachine, torch module or function, fitted estimator, numpy function
-         x,                         # (n, *shape): tensor, numpy, DataFrame; or a DataLoader or other iterable of batches
+         x,                         # (n, *shape): tensor, numpy, DataFrame, list of rows; or batches: a DataLoader, a list of arrays with two axes or more, any iterable of them
          *,
          center: bool = False,      # subtract the mean Jacobian
          diag: bool = False,        # only the diagonal, (d,)
@@ -698,7 +714,9 @@ def _method(f, x, method):
     if method != "auto": return method, machine
     if machine is not None: return "closed_form", machine
     if isinstance(f, torch.nn.Module): return "pullbacks", None
-    return "differences" if hasattr(f, "predict") or _is_array(x) and not isinstance(x, torch.Tensor) else "pullbacks", None
+    first = _first(x)
+    by_rows = hasattr(f, "predict") or _is_array(first) and not isinstance(first, torch.Tensor)
+    return "differences" if by_rows else "pullbacks", None
 
 
 def _given_machine(f):

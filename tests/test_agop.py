@@ -677,3 +677,20 @@ def test_outputs_that_cannot_be_differentiated(x):
 
 def test_a_sparse_output_is_refused():
     with pytest.raises(TypeError, match="sparse"): agop(lambda a: a.to_sparse(), normal(6, 3))
+
+
+@pytest.mark.parametrize("family", [torch.Tensor.clone, torch.Tensor.numpy, lambda t: (t, t[:, 0])], ids=["tensors", "arrays", "tuples"])
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_a_list_of_batches(family, kind):
+    x, smooth = normal(9, 3), mlp(3, 2)
+    f = lambda a: smooth(torch.as_tensor(a))
+    A = agop(f, kind([family(x[:4]), family(x[4:8]), family(x[8:])]))
+    assert A.shape == (3, 3)
+    np.testing.assert_allclose(A, brute(smooth, x), rtol=1e-5, atol=1e-8)
+
+
+def test_a_list_of_rows_is_an_array():
+    x = normal(6, 3)
+    f = lambda a: np.tanh(a[:, :2]) * a[:, 2:]
+    wanted = agop(f, x.numpy())
+    for rows in (x.tolist(), list(x.numpy()), tuple(x.numpy())): np.testing.assert_array_equal(agop(f, rows), wanted)

@@ -694,3 +694,52 @@ def test_a_list_of_rows_is_an_array():
     f = lambda a: np.tanh(a[:, :2]) * a[:, 2:]
     wanted = agop(f, x.numpy())
     for rows in (x.tolist(), list(x.numpy()), tuple(x.numpy())): np.testing.assert_array_equal(agop(f, rows), wanted)
+
+
+@pytest.mark.parametrize("options", [{}, {"center": True}, {"probes": 4}, {"diag": True}])
+def test_the_number_of_outputs_must_not_vary(options):
+    f = lambda a: a[:, :len(a)]**2                                        # as many outputs as samples
+    for sizes in ((2, 3), (3, 2)):
+        with pytest.raises(ValueError, match="outputs.*before.*same outputs"): agop(f, [normal(n, 4) for n in sizes], **options)
+
+
+def test_merging_demands_equal_outputs():
+    with pytest.raises(TypeError, match="AGOP"): AGOP().merge(None)
+    one, two = AGOP().update(normal(4, 2, 3)), AGOP().update(normal(4, 1, 3))
+    with pytest.raises(ValueError, match="outputs"): one.merge(two)
+
+
+@pytest.mark.parametrize("x", [normal(6, 3), normal(6, 3).numpy()], ids=["torch", "numpy"])
+def test_gradients_whose_squares_vanish_are_told(x):
+    with pytest.warns(UserWarning, match="1.0e-200.*rescale"): agop(lambda a: 1e-200 * a, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_allclose(agop(lambda a: 1e-120 * a, x) * 1e120 * 1e120, np.eye(3), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_a_machine_with_tiny_coefficients(center):
+    x, coef = normal(8, 3, dtype=torch.float32), normal(8, 2, seed=1, dtype=torch.float32)
+    machine = lambda c: KernelMachine(Gaussian(2.0), x, c)
+    wanted = agop(machine(coef), x.double().numpy(), center=center)
+    A = agop(machine(coef * 2.0**-83), x.double().numpy(), center=center)   # 1e-25
+    np.testing.assert_allclose(A * 2.0**166, wanted, rtol=1e-5)
+    with pytest.raises(ValueError, match="float32 cannot hold; rescale f"): agop(machine(coef * 2.0**-83), x)
+
+
+def test_a_module_by_differences():
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    x = normal(9, 4)
+    for data in (x, x.numpy()): np.testing.assert_allclose(agop(net, data, method="differences"), brute(net, x).detach(), rtol=1e-5, atol=1e-8)
+    with pytest.raises(ValueError, match="eval"): agop(nn.Sequential(net, nn.Dropout(0.5)), x, method="differences")
+
+
+def test_a_numpy_function_of_a_generator_is_told_the_method():
+    x = normal(9, 3).numpy()
+    f = lambda a: np.tanh(a) @ np.ones((3, 1))
+    with pytest.raises(TypeError, match="method='differences'"): agop(f, (x[i:i + 3] for i in (0, 3, 6)))
+    np.testing.assert_allclose(agop(f, (x[i:i + 3] for i in (0, 3, 6)), method="differences"), agop(f, x), rtol=1e-6)
+
+
+def test_a_step_that_rounding_swallows():
+    with pytest.raises(ValueError, match="step=1e-300.*larger"): agop(lambda a: a**2, normal(6, 3).numpy(), step=1e-300)

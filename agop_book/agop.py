@@ -150,7 +150,7 @@ class AGOP:
 
     def _warn_vanishing(self):
         "Warn where the squares of all entries are below the range of float64."
-        if 0 < self._largest < VANISHING:
+        if 0 < self._largest < VANISHING and not (self.moments > 1e-290).any():
             warnings.warn(f"the gradients reach {self._largest:.1e} only: their squares vanish in "
                           "float64, and the AGOP with them; rescale f or x.", stacklevel=4)
 
@@ -664,11 +664,15 @@ def _all_reduce(self):
     if not _distributed(): return self
     with all_or_none():
         self._check_whole()
-        d, k = (0 if t is None else t.shape[axis] for t, axis in ((self.moments, -1), (self.mean, 0)))
-        d, k = _sum(torch.tensor([d, k]), dist.ReduceOp.MAX).tolist()
+        d = 0 if self.moments is None else self.moments.shape[-1]
+        d, k = _sum(torch.tensor([d, self._outputs or 0]), dist.ReduceOp.MAX).tolist()
         n = int(_sum(torch.tensor(self.n)))
         if not n: return self
         self._open(d, "cuda" if dist.get_backend() == "nccl" else "cpu")
+        if self._outputs not in (None, k):
+            raise ValueError(f"the Jacobians of this process have {self._outputs} outputs, those of "
+                             f"another {k}; they must agree.")
+        self._outputs = k
         if self.center: self._share_mean(k, d, n)
         _exchange()
         self.moments, self.n = _add_up(self.moments), n
@@ -678,7 +682,6 @@ def _all_reduce(self):
 def _share_mean(self, k, d, n):
     "Take the mean Jacobian of all n samples, and correct the moments of this process's own for it."
     own = torch.zeros(k, d, dtype=torch.float64, device=self.moments.device) if self.mean is None else self.mean
-    if len(own) != k: raise ValueError(f"the Jacobians of this process have {len(own)} outputs, those of another {k}; they must agree.")
     self.mean = _sum(own * (self.n / n))
     self._add((own - self.mean)[None], 0, self.n)
 

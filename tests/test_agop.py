@@ -497,7 +497,7 @@ def direct():
 bad = torch.full((5, 6), float("nan")) if rank == 1 else normal(5, 6)
 found = []
 for call in (lambda: agop(late, normal(13, 6), batch_size=10), lambda: agop(mlp(), bad), lambda: agop(mlp(), normal(5, 6), probes=3 if rank == 0 else -1),
-             lambda: agop(lambda a: mlp()(torch.as_tensor(a)).numpy(), bad.numpy()), direct, lambda: agop(mlp(d=6 + rank), normal(5, 6 + rank)),
+             lambda: agop(lambda a: mlp()(torch.as_tensor(a)).numpy(), bad.numpy()), direct, lambda: agop(mlp(c=3 - rank), normal(5, 6)), lambda: agop(mlp(d=6 + rank), normal(5, 6 + rank)),
              lambda: nfa(net, bad, progress=False)):
     start = time.perf_counter()
     try: call()
@@ -513,9 +513,9 @@ def test_a_process_that_fails_is_named_by_the_others_at_once(two_processes):
     (first, A), (second, B) = (torch.load(f"{path}{rank}", weights_only=True) for rank in (0, 1))
     *at_first, by_sizes, by_nfa = first
     assert all(text.startswith("True RuntimeError: process 1 of 2 failed") for text in [*at_first, by_nfa]), first
-    for text, reason in zip(second, ("KeyError: 'out of luck'", "ValueError: x contains NaN", "ValueError: probes must", "ValueError: x contains NaN", "ValueError: jacobians are not finite", "", "ValueError")):
+    for text, reason in zip(second, ("KeyError: 'out of luck'", "ValueError: x contains NaN", "ValueError: probes must", "ValueError: x contains NaN", "ValueError: jacobians are not finite", "ValueError: the Jacobians of this process have 2 outputs", "", "ValueError")):
         assert text.startswith(f"True {reason}"), second
-    assert "process 0 of 2 failed" in second[5] and "jacobians have 7 features" in by_sizes   # the shared width is 7, the first has 6
+    assert "process 0 of 2 failed" in second[6] and "jacobians have 7 features" in by_sizes   # the shared width is 7, the first has 6
     assert torch.equal(A, B) and torch.allclose(A, brute(mlp(), normal(9, 6)))              # afterwards they still work together
 
 

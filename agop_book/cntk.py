@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .agop import matrix_power
+from .agop import VANISHING, matrix_power
 from .arrays import as_tensor, is_count, like
 from .kernels import apply_metric, blocks, check_metric
 from .memory import plan
@@ -33,6 +33,7 @@ class CNTK:
     def __post_init__(self):
         for name, value in (("depth", self.depth), ("patch_size", self.patch_size)):
             if not is_count(value): raise ValueError(f"{name} must be an integer of at least 1 and below 2**31, got {value!r}.")
+            object.__setattr__(self, name, int(value))          # small numpy integers overflow
         if self.patch_size % 2 == 0: raise ValueError(f"patch_size must be odd, got {self.patch_size}; use {self.patch_size - 1} or {self.patch_size + 1}.")
         if self.padding not in ("valid", "zero", "circular"): raise ValueError(f'padding must be "valid", "zero" or "circular", got {self.padding!r}.')
         if not isinstance(self.pooling, (bool, np.bool_)): raise ValueError(f"pooling must be True or False, got {self.pooling!r}.")
@@ -64,15 +65,19 @@ class CNTK:
         return window_sum(_pad(t, self.patch_size - 1, "zero"), self.patch_size) if self.padding == "valid" else self.box(t)
 
     def gradient(self, x, centers, coef, M=None):
-        "Gradient `(n, outputs, positions, q)` of f(x) = sum_i coef_i k(centers_i, x) with respect to the first-layer patches of `x` `(n, c, h, w)`; `coef` `(m, outputs)`. Finite at coincident patches, where the angle counts as constant."
-        return like(torch.cat([apply_metric(g, root).flatten(0, 1).permute(1, 2, 0, 3) for g, root in _gradients(self, x, centers, coef, M, kept=2)]), x)
+        "Gradient `(n, outputs, positions, q)` of f(x) = sum_i coef_i k(centers_i, x) with respect to the first-layer patches of `x` `(n, c, h, w)`; `coef` `(m, outputs)`. Finite at coincident patches, where the angle counts as constant. Computed in double precision, given in that of the images."
+        X, Z, dtype = _in_double(self, x, centers)
+        parts = _gradients(self, X, Z, coef, M, kept=2)
+        g = torch.cat([apply_metric(g, root).flatten(0, 1).permute(1, 2, 0, 3) for g, root in parts])
+        return like(_rounded(g, dtype, "the gradients"), x)
 
     def image_gradient(self, x, centers, coef, M=None):
         "The same with respect to the pixels: `(n, outputs, c, h, w)`."
-        X = _inputs(self, x, centers, M, "centers")[0]
+        X, Z, dtype = _in_double(self, x, centers)
+        parts = _gradients(self, X, Z, coef, M, kept=4)
+        g = torch.cat([apply_metric(g, root).permute(3, 0, 1, 2, 4) for g, root in parts], 3)
         back = torch.func.vjp(self.patches, X)[1]                                        # patches are linear in the image
-        g = torch.cat([apply_metric(g, root).permute(3, 0, 1, 2, 4) for g, root in _gradients(self, X, centers, coef, M, kept=4)], 3)
-        return like(torch.stack([back(p)[0] for p in g], 1), x)
+        return like(_rounded(torch.stack([back(p)[0] for p in g], 1), dtype, "the gradients"), x)
 
 # %% ../nbs/11_cntk.ipynb #e3eaba46
 def window_sum(t: torch.Tensor, size: int) -> torch.Tensor:
@@ -232,6 +237,10 @@ def _check_images(kernel, x, name):
     x = as_tensor(x, name, None).detach()
     if x.ndim != 4: raise ValueError(f"{name} must have 4 axes (images, channels, rows, columns), got shape {tuple(x.shape)}; add a channel axis with {name}[:, None], or reshape flat rows.")
     need = {"valid": 1 + kernel.depth * (kernel.patch_size - 1), "zero": 1, "circular": max(1, kernel.patch_size // 2)}[kernel.padding]
+    if kernel.padding == "zero" and kernel.patch_size > 2 * max(x.shape[2:]) + 1:
+        raise ValueError(f"patch_size={kernel.patch_size} is more than twice the {x.shape[2]} x "
+                         f"{x.shape[3]} pixels of {name}: all but padding is seen by smaller patches; "
+                         f"take patch_size <= {2 * max(x.shape[2:]) - 1}.")
     if min(x.shape[2:]) < need:
         raise ValueError(f"{name} holds images of {x.shape[2]} x {x.shape[3]} pixels; depth={kernel.depth} with patch_size={kernel.patch_size} and padding={kernel.padding!r} needs at least {need} x {need}. "
                          'Take larger images, fewer layers, smaller patches or padding="zero".')
@@ -251,6 +260,21 @@ def _inputs(kernel, x, z, M, name):
         root = matrix_power(M.double(), 0.5, clip=True)
     for images, called in ((X, "x"), (Z, name))[:1 if z is None else 2]: _check_range(kernel, images, called, root)
     return X, Z, root
+
+
+def _in_double(kernel, x, centers):
+    "Both in double precision, because gradients are differences of almost equal numbers where patches almost coincide; and the dtype that the result gets."
+    X, Z = _check_images(kernel, x, "x"), _check_images(kernel, centers, "centers")
+    return X.double(), Z.double(), torch.promote_types(X.dtype, Z.dtype)
+
+
+def _rounded(t, dtype, what):
+    "`t` in `dtype`; ValueError where its largest entry leaves the range of that."
+    largest, limits = float(torch.linalg.vector_norm(t, math.inf)), torch.finfo(dtype)
+    if largest > limits.max or 0 < largest < limits.tiny:
+        raise ValueError(f"{what} {'overflow' if largest > 1 else 'vanish in'} {dtype}: they reach "
+                         f"{largest:.3g}; rescale coef or the images, or pass float64 images.")
+    return t.to(dtype)
 
 
 def _check_range(kernel, x, name, root):
@@ -393,7 +417,7 @@ def _plan_gradients(kernel, X, Z, outputs, size, kept):
     work = _side_bytes(kernel, X, n + prepared) + (12 + 5 * kernel.depth + 4 * outputs) * _maps(kernel, X, n, min(64, len(Z)))
     gradients = outputs * q * _maps(kernel, X, 1, 1)                # of one image
     need = max(kept * gradients * len(X), max(kept - 1, 0) * gradients * len(X) + work + 3 * gradients * n)
-    plan(need + 2**22, f"the gradients of {outputs} outputs at {len(X):,} images of {X.shape[2]} x {X.shape[3]} pixels, in {8 * X.element_size()}-bit numbers,", "Pass float32 images (half the memory), or smaller or fewer images.", device=X.device)
+    plan(need + 2**22, f"the gradients of {outputs} outputs at {len(X):,} images of {X.shape[2]} x {X.shape[3]} pixels, in {8 * X.element_size()}-bit numbers,", "Pass " + "float32 images (half the memory), or " * (not kept) + "smaller or fewer images.", device=X.device)
     return prepared
 
 
@@ -425,10 +449,24 @@ def patch_agop(kernel: CNTK,   # the kernel of the machine
                coef,           # its coefficients, `(m, outputs)`
                M=None          # its matrix on patches, `(q, q)` or `(q,)`
                ):
-    "Patch-AGOP `(q, q)` of f(x) = sum_i coef_i k(centers_i, x): g g^T summed over outputs, positions and images, divided by the number of images (paper, section III.C). Streams over images."
+    "Patch-AGOP `(q, q)` of f(x) = sum_i coef_i k(centers_i, x): g g^T summed over outputs, positions and images, divided by the number of images (paper, section III.C). Streams over images, in their precision: in float32 it may err by some percent where many of `x` almost, but not quite, coincide with centers; pass float64 there."
+    coef, unit = _unit(coef)
     G, n = 0, 0
     for g, root in _gradients(kernel, x, centers, coef, M):
         G, n = G + g.flatten(0, 3).T @ g.flatten(0, 3), n + g.shape[2]
     if root is not None: G = apply_metric(apply_metric(G, root).T, root)
     if not torch.isfinite(G).all(): raise ValueError(f"the squares of the gradients overflow {G.dtype}; rescale coef or the images.")
+    if unit != 1: G = _rounded(G.double() * unit * unit, G.dtype, "the squares of the gradients")
     return like(G / n, x)
+
+
+def _unit(coef):
+    "Coefficients, divided by a power of 2 where squares of their size leave the range of float32; and that power."
+    coef = as_tensor(coef, "coef", None)
+    largest = float(torch.linalg.vector_norm(coef, math.inf))
+    if not largest or 1e-12 < largest < 1e12: return coef, 1.0
+    unit = 2.0 ** math.frexp(largest)[1]
+    if largest < VANISHING:
+        warnings.warn(f"coef reaches {largest:.1e} only: the squares of the gradients vanish in "
+                      "float64, and the AGOP with them; rescale coef.", stacklevel=3)
+    return coef / unit, unit

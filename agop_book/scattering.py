@@ -31,7 +31,7 @@ from .kernels import KERNELS, Kernel, KernelMachine, Radial, Shared, Side
 from .arrays import is_count
 from .arrays import is_number as _is
 from .arrays import like, as_real
-from .files import load_arrays, save_arrays
+from .files import check_writable, load_arrays, save_arrays
 from .memory import free_memory, plan
 from .rfm import _RFM, CHECKS, RFMClassifier, RFMRegressor, _kernel, all_or_nothing, check_parameters, fill, gram_rows
 
@@ -99,6 +99,15 @@ def paths(J: int, L: int, order: int = 2) -> pd.DataFrame:
     return pd.DataFrame([{"order": 0}, *[{"order": 1, **f} for f in first], *second * (order == 2)], columns=["order", "scale1", "angle1", "scale2", "angle2"])
 
 # %% ../nbs/13_scattering.ipynb #f6482161
+def _make_folder(folder):
+    "Create the folder of a cache, if need be. OSError that names `cache` where nothing can be written there."
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(f"cache: {str(folder)!r} cannot be a folder ({error.strerror}); "
+                          "choose another.") from None
+    check_writable(folder / "file", "cache")
+
+
 class Scattering(TransformerMixin, BaseEstimator):
     """Scattering coefficients of images as features (paper, supplementary text E; Bruna and Mallat 2013), with kymatio's wavelets.
 
@@ -130,19 +139,40 @@ class Scattering(TransformerMixin, BaseEstimator):
         return checked(_ConvRFM._rows(self, X, fitting))
 
     def fit(self, X, y=None):
-        "Learns nothing but the shape of the images. Raises ValueError for bad parameters and for images that are too small for `J`."
+        """Learns nothing but the shape of the images. Raises ValueError for bad parameters and for images that are too small for `J`.
+
+        A fit that fails leaves the estimator as it was."""
         check_parameters(self, SCATTERING_CHECKS)
-        pick_device(self.device)
-        self._rows(X, True)
-        c, *size = self.image_shape_
-        if self.J > math.log2(min(size)):
-            fits, side = int(math.log2(min(size))), 2**self.J if self.J < 64 else f"2^{self.J}"
-            raise ValueError(f"J={self.J} needs images of at least {side} x {side} pixels, X holds {size[0]} x {size[1]}; " + (f"take J <= {fits}." if fits else "enlarge them."))
-        self._plan(len(X), c, size)
-        _, low, _ = _bank(self.J, self.L, tuple(size))
-        self.paths_ = paths(self.J, self.L, self.order)
-        self.maps_shape_ = (c, len(self.paths_), *(len(R) for R in low[0]))
+        device, before = pick_device(self.device), dict(vars(self))
+        try: self._learn_shape(X, device)
+        except BaseException:
+            vars(self).clear()
+            vars(self).update(before)
+            raise
         return self
+
+    def _learn_shape(self, X, device):
+        "Sets what `fit` learns, with plain integers in place of numpy's, which overflow."
+        J, L, order = self._wavelets = int(self.J), int(self.L), int(self.order)
+        rows = self._rows(X, True)
+        c, *size = self.image_shape_
+        if J > math.log2(min(size)):
+            fits, side = int(math.log2(min(size))), 2**J if J < 64 else f"2^{J}"
+            raise ValueError(f"J={J} needs images of at least {side} x {side} pixels, X holds {size[0]} x {size[1]}; "
+                             + (f"take J <= {fits}." if fits else "enlarge them."))
+        self._plan(len(X), c, size)
+        self._check_range(rows, device)
+        _, low, _ = _bank(J, L, tuple(size))
+        self.paths_ = paths(J, L, order)
+        self.maps_shape_ = (c, len(self.paths_), *(len(R) for R in low[0]))
+
+    def _check_range(self, rows, device):
+        "ValueError where sums over all pixels of an image would overflow."
+        single = device.type == "cuda" or rows.dtype == np.float32
+        peak, limit = float(np.abs(rows).max()), np.finfo(np.float32 if single else np.float64).max
+        if peak > limit / (16 * self._padded(self.image_shape_[1:])):
+            raise ValueError(f"X reaches {peak:.3g}: sums over the pixels of an image overflow "
+                             f"float{32 if single else 64}; rescale it.")
 
     def transform(self, X):
         "Coefficients `(n, features)` of `X`, as a tensor if `X` is one."
@@ -154,20 +184,20 @@ class Scattering(TransformerMixin, BaseEstimator):
         file = None if self.cache is None else Path(self.cache) / f"{about['key']}.safetensors"
         out = self._cached(file, about)
         if out is None:
+            if file is not None: _make_folder(file.parent)
+            self._check_range(rows, device)
             out = self._compute(torch.from_numpy(np.array(rows)).unflatten(1, self.image_shape_).flatten(0, 1), device).reshape(len(rows), -1).numpy()
-            if file is not None:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                save_arrays(file, {"coefficients": out}, about)
+            if file is not None: save_arrays(file, {"coefficients": out}, about)
         return torch.from_numpy(out).to(X.device) if isinstance(X, torch.Tensor) else out
 
     def _compute(self, images, device):
         size = self._batch(images[0].numel(), 2**22 if device.type == "cuda" else 2**13)
         images = images.float() if device.type == "cuda" else images
-        return torch.cat([scatter(part.to(device), self.J, self.L, self.order).cpu() for part in images.split(size)])
+        return torch.cat([scatter(part.to(device), *self._wavelets).cpu() for part in images.split(size)])
 
     def _key(self, rows):
         "Name of these results: a hash of the images and of what is done to them."
-        what = hashlib.sha256(repr((2, self.J, self.L, self.order, self.image_shape_, rows.dtype.str, len(rows))).encode())
+        what = hashlib.sha256(repr((2, *self._wavelets, self.image_shape_, rows.dtype.str, len(rows))).encode())
         what.update(np.ascontiguousarray(rows))
         return what.hexdigest()[:32]
 
@@ -184,17 +214,22 @@ class Scattering(TransformerMixin, BaseEstimator):
 
     def _plan(self, n, c, size, itemsize=4):
         "MemoryError where wavelets, the work on one batch and the coefficients do not fit."
-        padded = math.prod(((m + 2**self.J) // 2**self.J + 1) * 2**self.J for m in size)
-        deep = self.order == 2 and self.J > 1
-        work = min(n * c, self._batch(math.prod(size))) * padded * self.L * (4 * self.L if deep else 6) * itemsize
-        count = 1 + self.J * self.L + (self.L**2 * self.J * (self.J - 1) // 2 if deep else 0)
-        maps = math.prod(-(-m // 2**self.J) for m in size)
-        what = f"the scattering of {n:,} images of {size[0]} x {size[1]} pixels with J={self.J}, L={self.L} and order={self.order}"
-        plan(10 * self.J * self.L * padded + work + 2 * itemsize * n * c * count * maps + 2**24, what, "Take fewer or smaller images, a smaller L, or a smaller batch_size.")
+        J, L, order = self._wavelets
+        padded, deep = self._padded(size), order == 2 and J > 1
+        work = min(n * c, self._batch(math.prod(size))) * padded * L * (4 * L if deep else 6) * itemsize
+        count = 1 + J * L + (L**2 * J * (J - 1) // 2 if deep else 0)
+        maps = math.prod(-(-m // 2**J) for m in size)
+        what = f"the scattering of {n:,} images of {size[0]} x {size[1]} pixels with J={J}, L={L} and order={order}"
+        plan(10 * J * L * padded + work + 2 * itemsize * n * c * count * maps + 2**24, what, "Take fewer or smaller images, a smaller L, or a smaller batch_size.")
+
+    def _padded(self, size):
+        "Pixels of an image with its padding."
+        side = 2**self._wavelets[0]
+        return math.prod(((m + side) // side + 1) * side for m in size)
 
     def _batch(self, pixels, cells=2**13):
         "Images (one channel each) at a time."
-        return self.batch_size or max(1, cells // pixels)
+        return int(self.batch_size or max(1, cells // pixels))
 
     @property
     def _n_features_out(self): return math.prod(self.maps_shape_)

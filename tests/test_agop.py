@@ -497,7 +497,7 @@ def direct():
 bad = torch.full((5, 6), float("nan")) if rank == 1 else normal(5, 6)
 found = []
 for call in (lambda: agop(late, normal(13, 6), batch_size=10), lambda: agop(mlp(), bad), lambda: agop(mlp(), normal(5, 6), probes=3 if rank == 0 else -1),
-             lambda: agop(lambda a: mlp()(torch.as_tensor(a)).numpy(), bad.numpy()), direct, lambda: agop(mlp(d=6 + rank), normal(5, 6 + rank)),
+             lambda: agop(lambda a: mlp()(torch.as_tensor(a)).numpy(), bad.numpy()), direct, lambda: agop(mlp(c=3 - rank), normal(5, 6)), lambda: agop(mlp(d=6 + rank), normal(5, 6 + rank)),
              lambda: nfa(net, bad, progress=False)):
     start = time.perf_counter()
     try: call()
@@ -513,9 +513,9 @@ def test_a_process_that_fails_is_named_by_the_others_at_once(two_processes):
     (first, A), (second, B) = (torch.load(f"{path}{rank}", weights_only=True) for rank in (0, 1))
     *at_first, by_sizes, by_nfa = first
     assert all(text.startswith("True RuntimeError: process 1 of 2 failed") for text in [*at_first, by_nfa]), first
-    for text, reason in zip(second, ("KeyError: 'out of luck'", "ValueError: x contains NaN", "ValueError: probes must", "ValueError: x contains NaN", "ValueError: jacobians are not finite", "", "ValueError")):
+    for text, reason in zip(second, ("KeyError: 'out of luck'", "ValueError: x contains NaN", "ValueError: probes must", "ValueError: x contains NaN", "ValueError: jacobians are not finite", "ValueError: the Jacobians of this process have 2 outputs", "", "ValueError")):
         assert text.startswith(f"True {reason}"), second
-    assert "process 0 of 2 failed" in second[5] and "jacobians have 7 features" in by_sizes   # the shared width is 7, the first has 6
+    assert "process 0 of 2 failed" in second[6] and "jacobians have 7 features" in by_sizes   # the shared width is 7, the first has 6
     assert torch.equal(A, B) and torch.allclose(A, brute(mlp(), normal(9, 6)))              # afterwards they still work together
 
 
@@ -653,3 +653,93 @@ def test_likeness():
     assert cosine(1e200 * a, 1e-200 * a) == pytest.approx(1)
     with pytest.warns(UserWarning, match="A is constant"): assert math.isnan(pearson(torch.ones(3, 3) * 0.1, torch.eye(3)))
     with pytest.warns(UserWarning, match="B is zero"): assert math.isnan(cosine(torch.eye(3), torch.zeros(3, 3)))
+
+
+# functions that are not as they should be ------------------------------------------------------------------------------
+
+def test_a_function_may_change_what_it_gets():
+    def doubled(a):
+        a *= 2
+        return a[:, :1] ** 2
+    x = normal(9, 3)
+    wanted = torch.zeros(3, 3, dtype=f64)
+    wanted[0, 0] = (8 * x[:, 0]).square().mean()                          # f(x) = 4 x_0^2
+    for data in (x.clone(), x.clone().numpy()):
+        np.testing.assert_allclose(agop(doubled, data), wanted, rtol=1e-6, atol=1e-9)
+        np.testing.assert_array_equal(data, x)
+
+
+@pytest.mark.parametrize("x", [normal(6, 3), normal(6, 3).numpy()], ids=["torch", "numpy"])
+def test_outputs_that_cannot_be_differentiated(x):
+    with pytest.raises(ValueError, match=r", 0\).*no output"): agop(lambda a: a[:, :0], x)
+    with pytest.raises(TypeError, match="scores"): agop(lambda a: a > 0, x)
+
+
+def test_a_sparse_output_is_refused():
+    with pytest.raises(TypeError, match="sparse"): agop(lambda a: a.to_sparse(), normal(6, 3))
+
+
+@pytest.mark.parametrize("family", [torch.Tensor.clone, torch.Tensor.numpy, lambda t: (t, t[:, 0])], ids=["tensors", "arrays", "tuples"])
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_a_list_of_batches(family, kind):
+    x, smooth = normal(9, 3), mlp(3, 2)
+    f = lambda a: smooth(torch.as_tensor(a))
+    A = agop(f, kind([family(x[:4]), family(x[4:8]), family(x[8:])]))
+    assert A.shape == (3, 3)
+    np.testing.assert_allclose(A, brute(smooth, x), rtol=1e-5, atol=1e-8)
+
+
+def test_a_list_of_rows_is_an_array():
+    x = normal(6, 3)
+    f = lambda a: np.tanh(a[:, :2]) * a[:, 2:]
+    wanted = agop(f, x.numpy())
+    for rows in (x.tolist(), list(x.numpy()), tuple(x.numpy())): np.testing.assert_array_equal(agop(f, rows), wanted)
+
+
+@pytest.mark.parametrize("options", [{}, {"center": True}, {"probes": 4}, {"diag": True}])
+def test_the_number_of_outputs_must_not_vary(options):
+    f = lambda a: a[:, :len(a)]**2                                        # as many outputs as samples
+    for sizes in ((2, 3), (3, 2)):
+        with pytest.raises(ValueError, match="outputs.*before.*same outputs"): agop(f, [normal(n, 4) for n in sizes], **options)
+
+
+def test_merging_demands_equal_outputs():
+    with pytest.raises(TypeError, match="AGOP"): AGOP().merge(None)
+    one, two = AGOP().update(normal(4, 2, 3)), AGOP().update(normal(4, 1, 3))
+    with pytest.raises(ValueError, match="outputs"): one.merge(two)
+
+
+@pytest.mark.parametrize("x", [normal(6, 3), normal(6, 3).numpy()], ids=["torch", "numpy"])
+def test_gradients_whose_squares_vanish_are_told(x):
+    with pytest.warns(UserWarning, match="1.0e-200.*rescale"): agop(lambda a: 1e-200 * a, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_allclose(agop(lambda a: 1e-120 * a, x) * 1e120 * 1e120, np.eye(3), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_a_machine_with_tiny_coefficients(center):
+    x, coef = normal(8, 3, dtype=torch.float32), normal(8, 2, seed=1, dtype=torch.float32)
+    machine = lambda c: KernelMachine(Gaussian(2.0), x, c)
+    wanted = agop(machine(coef), x.double().numpy(), center=center)
+    A = agop(machine(coef * 2.0**-83), x.double().numpy(), center=center)   # 1e-25
+    np.testing.assert_allclose(A * 2.0**166, wanted, rtol=1e-5)
+    with pytest.raises(ValueError, match="float32 cannot hold; rescale f"): agop(machine(coef * 2.0**-83), x)
+
+
+def test_a_module_by_differences():
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    x = normal(9, 4)
+    for data in (x, x.numpy()): np.testing.assert_allclose(agop(net, data, method="differences"), brute(net, x).detach(), rtol=1e-5, atol=1e-8)
+    with pytest.raises(ValueError, match="eval"): agop(nn.Sequential(net, nn.Dropout(0.5)), x, method="differences")
+
+
+def test_a_numpy_function_of_a_generator_is_told_the_method():
+    x = normal(9, 3).numpy()
+    f = lambda a: np.tanh(a) @ np.ones((3, 1))
+    with pytest.raises(TypeError, match="method='differences'"): agop(f, (x[i:i + 3] for i in (0, 3, 6)))
+    np.testing.assert_allclose(agop(f, (x[i:i + 3] for i in (0, 3, 6)), method="differences"), agop(f, x), rtol=1e-6)
+
+
+def test_a_step_that_rounding_swallows():
+    with pytest.raises(ValueError, match="step=1e-300.*larger"): agop(lambda a: a**2, normal(6, 3).numpy(), step=1e-300)

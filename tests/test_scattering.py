@@ -290,3 +290,43 @@ def test_svhn_crops():
     pipe = make_pipeline(MapScaler(243), MapRFMClassifier(n_iter=1, bandwidth=3.0, validation_fraction=0.3, random_state=0))
     pipe.fit(rows[:300], data.y[:300])
     assert s.maps_shape_ == (3, 81, 8, 8) and pipe.score(rows[300:], data.y[300:]) > 0.45
+
+
+@pytest.mark.parametrize("integer", [np.int8, np.uint8, np.int64])
+def test_numpy_integers_are_integers(integer):
+    X = IMAGES[:3].repeat(9, axis=2).repeat(9, axis=3)                     # 144 pixels: more than int8 holds
+    wanted = Scattering(2, 4, batch_size=2).fit_transform(X)
+    np.testing.assert_array_equal(Scattering(integer(2), integer(4), integer(2), batch_size=integer(2)).fit_transform(X), wanted)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_cache_that_cannot_be_written_is_found_before_the_work(inside, tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    model = Scattering(2, 4, cache=file / "folder" if inside else file).fit(IMAGES[:3])
+    monkeypatch.setattr(Scattering, "_compute", lambda *args: pytest.fail("it began to work"))
+    with pytest.raises(OSError, match="cache: .*file.*choose another"): model.transform(IMAGES[:3])
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("dtype, peak", [(np.float32, 1e38), (np.float64, 1e307)])
+def test_images_whose_sums_overflow_are_refused(dtype, peak):
+    X = IMAGES[:3].astype(dtype)
+    X /= np.abs(X).max()
+    model = Scattering(2, 4).fit(X)
+    with pytest.raises(ValueError, match="X reaches 1e.*overflow float"): model.transform(X * dtype(peak))
+    with pytest.raises(ValueError, match="X reaches 1e.*overflow float"): Scattering(2, 4).fit(X * dtype(peak))
+    large = dtype(peak / 1e6)
+    np.testing.assert_allclose(model.transform(X * large) / large, model.transform(X), rtol=1e-3, atol=1e-5)
+
+
+def test_a_refused_fit_leaves_the_model_as_it_was():
+    small = IMAGES[:3, :, :4, :4]
+    model = Scattering(1, 2).fit(IMAGES[:3])
+    wanted = model.transform(IMAGES[:2])
+    with pytest.raises(ValueError, match="J=3 needs"): model.set_params(J=3).fit(small)
+    np.testing.assert_array_equal(model.transform(IMAGES[:2]), wanted)
+    assert model.J == 3 and model.image_shape_ == (1, 16, 16) and model.n_features_in_ == 256
+    fresh = Scattering(3, 2)
+    with pytest.raises(ValueError): fresh.fit(small)
+    with pytest.raises(ValueError, match="not fitted"): fresh.transform(small)

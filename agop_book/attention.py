@@ -208,12 +208,30 @@ def image_vit() -> tuple:   # (`Trained`, the test images as a `Dataset`)
     return trained("vit-mnist", net, train.x[:n], train.y[:n]), test
 
 # %% ../nbs/09_transformers.ipynb #be0d087f
+def _place(name):
+    "Folder of a model on this machine. With a name, transformers asks the network for adapters."
+    if Path(name).is_dir(): return name
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config = try_to_load_from_cache(str(name), "config.json")
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{str(name)!r} is neither a folder nor a name: {error}") from None
+    if isinstance(config, str): return Path(config).parent
+    raise FileNotFoundError(f"no config.json of {str(name)!r} in the cache")
+
+
 def pretrained(name,                     # of a model on the hub, such as "gpt2" or "google/vit-base-patch16-224", or a folder
                kind: str = "AutoModel",  # class of transformers, such as "AutoModelForCausalLM" or "AutoModelForImageClassification"
                download: bool = False):  # may the network be used?
     "A trained model in eval mode. FileNotFoundError where its files are not on this machine and `download` is False."
     tf = _transformers()
-    try: return getattr(tf, kind).from_pretrained(name, local_files_only=not download, use_safetensors=True, trust_remote_code=False).eval()
+    try:
+        place = name if download else _place(name)
+        return getattr(tf, kind).from_pretrained(
+            place, local_files_only=not download, use_safetensors=True, trust_remote_code=False
+        ).eval()
     except OSError as error:
         raise FileNotFoundError(f"{Path(name).name!r}: no config.json and model.safetensors in the cache of transformers on this machine; pass download=True, or a folder that holds them") from error
 

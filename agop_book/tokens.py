@@ -26,7 +26,7 @@ from sklearn.utils import check_random_state
 from torch import nn
 
 from .agop import matrix_power
-from .attention import _transformers, minilm_folder, pretrained
+from .attention import _place, _transformers, minilm_folder, pretrained
 from .nfa import nfa
 
 # %% ../nbs/10_tokens.ipynb #f8b14d0f
@@ -373,7 +373,10 @@ def hub_language(name,                    # of a model on the hub, such as "gpt2
     model = pretrained(name, "AutoModelForCausalLM", download)
     _body(model)
     try:
-        tokens = _transformers().AutoTokenizer.from_pretrained(name, local_files_only=not download, trust_remote_code=False)
+        place = name if download else _place(name)
+        tokens = _transformers().AutoTokenizer.from_pretrained(
+            place, local_files_only=not download, trust_remote_code=False
+        )
         if not tokens.encode("a"): raise OSError("no vocabulary")       # transformers makes an empty one where there are no files
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"{str(name).rsplit('/')[-1]!r}: the model is on this machine, its tokenizer (tokenizer.json, or vocab.json and merges.txt) is not; pass download=True, or put it beside the model") from error

@@ -26,6 +26,7 @@ from sklearn.utils import check_random_state
 from torch import nn
 
 from .agop import matrix_power
+from .arrays import as_real, is_count
 from .attention import _place, _transformers, minilm_folder, pretrained
 from .nfa import nfa
 
@@ -235,9 +236,7 @@ def thematic(groups,                   # lists of words, or a table with them in
     missing = sorted(({w for g in groups for w in g} | set(embedding.index)) - (set(embedding.index) & set(counts.index)))
     if missing: raise ValueError(f"{len(missing)} words such as {missing[0]!r} are not in both embedding and counts: take the words of a group from those, for instance words.loc[embedding.index]")
     if not len(groups) or any(len(set(g)) < 2 or len(set(g)) < len(g) for g in groups): raise ValueError("groups must hold at least one group, each of two or more different words")
-    e = embedding.to_numpy(np.float64)
-    e = e - e.mean(0)
-    e = e / np.linalg.norm(e, axis=1, keepdims=True).clip(1e-12)
+    e = _unit_vectors(embedding)
     like, rng = (e @ e.T).astype(np.float32), np.random.default_rng(check_random_state(random_state).randint(2**31 - 1))
     shuffled = np.empty((len(e), n_resamples), np.int32)
     for part in np.array_split(np.argsort(counts[embedding.index].to_numpy(), kind="stable"), min(classes, max(1, len(e) // 5))):
@@ -245,6 +244,26 @@ def thematic(groups,                   # lists of words, or a table with them in
     rows = [_score(embedding.index.get_indexer(g), like, shuffled) for g in groups]
     table = pd.DataFrame(rows, index=groups.index)
     return table.assign(q=false_discovery_control(table.p))
+
+
+def _unit_vectors(embedding):
+    "The vectors of the words, centred, of length 1; ValueError for words without a direction."
+    e = np.asarray(as_real(embedding, "embedding"), np.float64)
+    none = ~np.isfinite(e).all(1) | ~e.any(1)
+    if none.any():
+        raise ValueError(
+            f"embedding: {none.sum()} words have a vector of zeros or one that is not finite:"
+            f" {', '.join(map(repr, embedding.index[none][:5]))}; leave these words out"
+        )
+    least, e = 1e-12 * np.abs(e).max(), e - e.mean(0)
+    norms = np.linalg.norm(e, axis=1, keepdims=True)
+    same = norms[:, 0] <= least
+    if same.any():
+        raise ValueError(
+            f"embedding: {same.sum()} words have the mean of all vectors as theirs:"
+            f" {', '.join(map(repr, embedding.index[same][:5]))}; leave these words out"
+        )
+    return e / norms
 
 
 def _score(group, like, shuffled):

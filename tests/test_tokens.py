@@ -168,6 +168,17 @@ def test_a_planted_theme_is_found_and_the_score_is_the_mean_cosine():
     with pytest.raises(ValueError, match="two or more"): thematic([], e, counts)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
+def test_words_without_a_direction_are_named(value):
+    _, e, counts = made()
+    e.loc[["w7", "w9"]] = value
+    with pytest.raises(ValueError, match="embedding: 2 words.*'w7', 'w9'"):
+        thematic([["w7", "w9"]], e, counts)
+    e[:] = 0.3                                        # the mean is not exactly 0.3
+    with pytest.raises(ValueError, match="400 words have the mean"):
+        thematic([["w7", "w9"]], e, counts)
+
+
 def test_word_vectors():
     texts = ["the cat and the dog", "a dog, a Cat", "stock market falls", "market of stock"] * 3
     e = story_words(["cat", "dog", "stock", "market"], texts, dim=2)

@@ -776,7 +776,27 @@ def _task_indices(path, lines, n):
                 number,
                 f"{bad[:1] or 'nothing'} is not an index of one of the {n} samples (0 .. {n - 1})",
             )
-    return [np.array(words, np.int64) for words in rows]
+    rows = [np.array(words, np.int64) for words in rows]
+    _check_no_leak(path, rows)
+    return rows
+
+
+def _check_no_leak(path, rows):
+    "UnreadableData where a line repeats an index, or shares one with the line it is paired with."
+    for number, row in enumerate(rows, 1):
+        found, times = np.unique(row, return_counts=True)
+        if (times > 1).any():
+            raise _malformed(
+                path, number, f"index {found[times > 1][0]} stands more than once: get it again"
+            )
+        both = np.intersect1d(row, rows[number - 2]) if number % 2 == 0 else ()
+        if len(both):
+            raise _malformed(
+                path,
+                number,
+                f"{len(both)} samples such as {both[0]} are also in line {number - 1}, on which"
+                " models are fitted: get it again",
+            )
 
 # %% ../nbs/90_data.ipynb #0835eae2
 def _facts(info):

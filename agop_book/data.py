@@ -479,14 +479,42 @@ def _square(image, size):
     return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
 
 
-def _decode(path, size):
+def _rgb(image, where):
+    "A PIL image upright, in RGB, white where it was transparent; `where` names it in an error."
+    kind, image = image.format, ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF": image = _grey(image, kind, where)
+    if "transparency" not in image.info and image.mode[-1] not in "Aa": return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _grey(image, kind, where):
+    "A picture of long integers or floats in 256 levels; pillow would cut them off at 255."
+    sixteen = image.mode.startswith("I;16") or kind in ("PNG", "PPM")
+    values = np.asarray(image) / (65535 if sixteen else 1)
+    if image.mode == "I" and not sixteen or not ((values >= 0) & (values <= 1)).all():
+        raise UnreadableData(
+            f"{where}: numbers of mode {image.mode!r} from {values.min()} to {values.max()}, of"
+            " which it is not known what is white: save it with 8 or 16 bits, or as floats in"
+            " [0, 1]"
+        )
+    grey = Image.fromarray(np.round(values * 255).astype(np.uint8))
+    grey.info = dict(image.info)
+    return grey
+
+
+def _open_rgb(path):
+    "An image file as `_rgb` makes it; UnreadableData where it cannot be read."
     try:
         with Image.open(path) as image:
-            return np.asarray(_square(image.convert("RGB"), size))
-    except MemoryError:
+            return _rgb(image, path)
+    except (MemoryError, UnreadableData):
         raise
     except Exception as error:  # pillow's readers raise many kinds, among them its own for bombs
         raise UnreadableData(f"{path}: not a readable image ({error}): get it again") from error
+
+
+def _decode(path, size): return np.asarray(_square(_open_rgb(path), size))
 
 
 def _room_for_images(request, n, side=None):

@@ -29,6 +29,7 @@ from torch import nn
 
 from .agop import matrix_power
 from .arrays import is_number, as_real
+from .data import _open_rgb, _rgb
 from .data import DataNotFound, UnreadableData, cache_dir, data_roots, load
 from .figures import device, pick
 from .mlps import _seeded, trained
@@ -218,10 +219,8 @@ def as_photos(images,              # path, PIL image, or array or tensor (h, w),
 
 def _pixels(images):
     "What was given as a tensor, and the axes where its channels may be, the likelier first: numpy and PIL put them last, torch first."
-    if isinstance(images, (str, Path)):
-        try: images = Image.open(images).convert("RGBA")
-        except OSError as error: raise UnreadableData(f"{images}: not a readable image ({error})") from error
-    if isinstance(images, Image.Image): images = np.array(images.convert("RGBA"))
+    if isinstance(images, (str, Path)): images = _open_rgb(images)
+    if isinstance(images, Image.Image): images = np.array(_rgb(images, "images"))
     if isinstance(images, torch.Tensor) and not images.is_complex(): return images.detach(), (1, -1)
     return torch.as_tensor(np.asarray(as_real(images, "images"))), (-1, 1)
 

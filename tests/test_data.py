@@ -337,6 +337,55 @@ def test_photos(root):
     assert load("photos").label == "3 photographs"          # no longer ImageNet's alone
 
 
+def both_ways(root, image, **options):
+    "What `load` and `as_photos` make of one image file, as `(3, h, w)`."
+    from agop_book.patches import as_photos
+    path = root / "imagenet/train/a/1.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+    return [load("imagenet", size=8).x[0], as_photos(path)[0].numpy()]
+
+
+@pytest.mark.parametrize("image, kind", [
+    (Image.fromarray(np.full((8, 8), 16384, np.uint16)), "PNG"),
+    (Image.fromarray(np.full((8, 8), 16384, np.uint16)), "TIFF"),
+    (Image.fromarray(np.full((8, 8), 0.25, np.float32)), "TIFF"),
+    (Image.new("RGBA", (8, 8), (0, 0, 0, 191)), "PNG"),
+    (Image.new("LA", (8, 8), (0, 191)), "PNG"),
+], ids=str)
+def test_a_quarter_of_white_in_every_kind_of_file(root, image, kind):
+    for x in both_ways(root, image, format=kind): assert np.abs(x - 0.25).max() < 1 / 255
+
+
+def test_transparent_pixels_are_white(root):
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    for x in both_ways(root, palette, format="PNG", transparency=1): assert (x == 1).all()
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    for x in both_ways(root, clear, format="PNG"): assert (x == 1).all()
+
+
+def test_photographs_are_upright(root):
+    values = np.zeros((8, 8, 3), np.uint8)
+    values[:, :4] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6                                  # turn clockwise: left becomes top
+    for x in both_ways(root, Image.fromarray(values), format="PNG", exif=exif):
+        assert (x[:, :4] == 1).all() and (x[:, 4:] == 0).all()
+
+
+@pytest.mark.parametrize("values", [
+    np.full((8, 8), 300.0, np.float32), np.full((8, 8), np.nan, np.float32),
+    np.full((8, 8), 70_000, np.int32),
+], ids=["large", "nan", "int32"])
+def test_photographs_without_a_known_white_are_refused(root, values):
+    from agop_book.patches import as_photos
+    with pytest.raises(UnreadableData, match="1.png.*what is white"):
+        both_ways(root, Image.fromarray(values), format="TIFF")
+    with pytest.raises(UnreadableData, match="1.png.*what is white"):
+        as_photos(root / "imagenet/train/a/1.png")
+
+
 def test_a_row_of_your_own(root, monkeypatch):
     for k in range(10): picture(root / f"mine/{'cat' if k % 2 else 'dog'}/{k}.jpg", 10 * k)
     monkeypatch.setitem(SETS, "mine", data.Row("my photographs", "image", data._class_folders, {"all": None}, ("mine",), held=0.2, size=32))

@@ -413,6 +413,61 @@ def test_names(root):
     assert d.label == "3 surnames of 2 languages"
 
 
+def test_lines_of_names_end_at_newlines_alone(root):
+    write(root / "names/French.txt", "\ufeffAbel\r\nBé\x0cr\nC\u2028d\u0085e\rFabre")
+    for name in ("README.txt", "readme_names.txt", "LICENSE.txt", ".hidden.txt", "._French.txt"):
+        write(root / "names" / name, "no name\n")
+    write(root / "names/Greek.txt", "Adamou\n")
+    d = load("names", split="all")
+    assert d.x.tolist() == ["Abel", "Bé\x0cr", "C\u2028d\u0085e", "Fabre", "Adamou"]
+    assert d.classes == ["French", "Greek"] and d.y.tolist() == [0, 0, 0, 0, 1]
+    for name in ("French", "Greek"): (root / f"names/{name}.txt").unlink()
+    with pytest.raises(UnreadableData, match="no file of names"): load("names")
+
+
+def test_empty_stories_and_byte_order_marks_are_no_text(root):
+    end = "<|endoftext|>"
+    for start in ("", end, f"\ufeff \n{end}\n"):
+        write(root / "tinystories/tinystories.txt", f"{start}One.{end} \n{end}{end}Two.{end}\n {end}")
+        assert load("tinystories", split="all").x.tolist() == ["One.", "Two."]
+    write(root / "tinyshakespeare/input.txt", "\ufeffA:\nx\n\nB:\ny")
+    assert load("shakespeare", split="all").x.tolist() == ["A:\nx", "B:\ny"]
+
+
+def test_hidden_folders_and_files_are_no_classes(root):
+    for name in (".cache/1.png", "__MACOSX/1.png", "a/1.png", "a/._1.png", "b/1.png"):
+        picture(root / "imagenet/train" / name)
+    d = load("imagenet", size=8)
+    assert d.classes == ["a", "b"] and len(d) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes on this system")
+def test_pipes_are_no_files(root):
+    digits_files(root / "mnist")
+    path = root / "mnist/train-images-idx3-ubyte"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DataNotFound, match="no mnist/train-images"): load("mnist")
+    with pytest.raises(UnreadableData, match="not a file"): read_idx(path)
+    picture(root / "imagenet/train/a/1.png")
+    os.mkfifo(root / "imagenet/train/a/2.png")
+    with pytest.raises(UnreadableData, match="2.png: not a file"): load("imagenet")
+
+
+@pytest.mark.parametrize("bad", [-1, 2**32, 1.5, "0", True])
+def test_a_bad_random_state_is_named(root, bad):
+    for n in (None, 5):
+        with pytest.raises(ValueError, match="random_state=") as error:
+            load("digits", n=n, random_state=bad)
+        assert not isinstance(error.value, UnreadableData)
+
+
+def test_images_without_height(root):
+    digits_files(root / "mnist")
+    write(root / "mnist/train-images-idx3-ubyte", idx(np.zeros((6, 0, 28))))
+    with pytest.raises(UnreadableData, match=r"train-images.*shape \(6, 1, 0, 28\)"): load("mnist")
+
+
 # --- torchvision's readers, on its own layouts ------------------------------------------------------------------------------------------
 
 @pytest.fixture

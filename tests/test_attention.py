@@ -149,6 +149,39 @@ def test_pretrained_reads_safetensors_only(tmp_path):
     with pytest.raises(FileNotFoundError): pretrained(tmp_path / "p", "AutoModelForCausalLM")
 
 
+@pytest.mark.parametrize("bad", [0, -1, True, 2.5, "2", 2**63])
+@pytest.mark.parametrize("name", ["context", "stride"])
+def test_bad_windows_are_named(name, bad):
+    arguments = dict(context=8, stride=4) | {name: bad}
+    with pytest.raises(ValueError, match=f"{name}="): windows(torch.arange(100), **arguments)
+    with pytest.raises(ValueError, match="ids must"): windows(torch.zeros(20, 2).long(), 8)
+
+
+@pytest.mark.parametrize("ids", [[-1], [99], [1.5], [None], 3, "a", [[1]]], ids=str)
+def test_numbers_that_are_no_tokens(ids):
+    with pytest.raises(ValueError, match="ids"): Tokens("abc").decode(ids)
+
+
+def test_numbers_of_every_kind_are_decoded():
+    letters = Tokens("abc")
+    kinds = [0, 2], (0, 2), letters.encode("ac"), letters.encode("ac").numpy()
+    assert [letters.decode(ids) for ids in kinds] == ["ac"] * 4 and letters.decode([]) == ""
+
+
+@needs_transformers
+@pytest.mark.parametrize("make, good", [
+    (gpt2, dict(vocab=5, context=4, n_layer=1, n_head=2, n_embd=8)),
+    (vit, dict(size=8, channels=1, classes=2, patch=4, n_layer=1, n_head=2, n_embd=8)),
+])
+def test_bad_shapes_of_models_are_named(make, good):
+    for name in good:
+        for bad in (0, -1, True, 2.5):
+            with pytest.raises(ValueError, match=f"{name}="): make(**good | {name: bad})
+    with pytest.raises(ValueError, match="n_embd=8 must be a multiple of n_head=5"):
+        make(**good | {"n_head": 5})
+    make(**{name: torch.tensor(value).numpy()[()] for name, value in good.items()})
+
+
 @pytest.fixture
 def no_network(monkeypatch):
     "A list of the connections that were tried; none of them succeeds."

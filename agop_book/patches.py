@@ -336,7 +336,7 @@ def patch_operators(model: nn.Module,    # in eval mode, taking images `(n, c, h
     _, sites = nfa(model, x, output=output, probes=probes, random_state=random_state, batch_size=batch_size, rotations=0, matrices=True, progress=progress)
     agops = {site.name: site for site in sites if site.name in wanted}
     if lost := [name for name in wanted if name not in agops]:
-        raise ValueError(f"layers: nfa knows no weight by the name {lost[0]!r}; leave it out of layers")
+        raise ValueError(f"layers: nfa knows no weight by the name {lost[0]!r}; leave it out")
     return {name: PatchOperator(name, model, convs[name], agops[name].agop().cpu()) for name in convs if name in wanted}
 
 # %% ../nbs/07_cnns.ipynb #3d3f28a1
@@ -362,7 +362,9 @@ def layer_grid(operators,                 # `PatchOperator`s: a list, or what `p
     if isinstance(photos, (str, Path, Image.Image)): photos = [photos]
     if not len(photos): raise ValueError("photos is empty: give at least one photograph")
     if titles is not None and (isinstance(titles, str) or len(titles) != len(photos)):
-        raise ValueError(f"titles={titles!r}: give a list of one string for each of the {len(photos)} photos")
+        raise ValueError(
+            f"titles={titles!r}: give a list of one string for each of the {len(photos)} photos"
+        )
     fig, axes = plt.subplots(len(photos), 1 + len(operators), figsize=(size * (1 + len(operators)), size * len(photos) + 0.25), squeeze=False)
     for i, (row, photo) in enumerate(zip(axes, photos)):
         x = as_photos(photo).cpu()

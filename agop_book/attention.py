@@ -9,6 +9,7 @@ __all__ = ['gpt2', 'Tokens', 'word_tokens', 'gpt2_tokens', 'windows', 'TokenLoss
 # %% ../nbs/09_transformers.ipynb #17a8aa39
 import importlib.util
 import math
+import operator
 import re
 import warnings
 from pathlib import Path
@@ -22,7 +23,7 @@ from skorch.callbacks import LRScheduler
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
-from .data import DataNotFound, data_roots, load
+from .data import DataNotFound, check_count, data_roots, load
 from .figures import device, pick
 from .mlps import trained
 
@@ -37,12 +38,28 @@ def _transformers():
     return transformers
 
 
+def _counts(**values):
+    "The values as integers of at least 1; ValueError names the one that is not."
+    return [check_count(value, name) for name, value in values.items()]
+
+
+def _shares(n_head, n_embd):
+    "Heads and width, where each head gets an equal share of the coordinates."
+    n_head, n_embd = _counts(n_head=n_head, n_embd=n_embd)
+    if n_embd % n_head == 0: return n_head, n_embd
+    raise ValueError(
+        f"n_embd={n_embd} must be a multiple of n_head={n_head}: each head gets an equal share of"
+        " the coordinates"
+    )
+
+
 def gpt2(vocab: int,         # number of tokens
          context: int,       # longest text, in tokens
          n_layer: int = 6, n_head: int = 6, n_embd: int = 192,
          attention="sdpa"):  # or "eager"
     "transformers' GPT2LMHeadModel with random weights, without dropout: token numbers `(n, t)` to an output whose `.logits` are `(n, t, vocab)`."
-    if n_embd % n_head: raise ValueError(f"n_embd={n_embd} must be a multiple of n_head={n_head}: each head gets an equal share of the coordinates")
+    vocab, context, n_layer = _counts(vocab=vocab, context=context, n_layer=n_layer)
+    n_head, n_embd = _shares(n_head, n_embd)
     tf = _transformers()
     return tf.GPT2LMHeadModel(tf.GPT2Config(
         vocab_size=vocab, n_positions=context, n_layer=n_layer, n_head=n_head, n_embd=n_embd, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
@@ -74,7 +91,13 @@ class Tokens:
 
     def decode(self, ids) -> str:
         "The text of token numbers."
-        return self.join([self.pieces[int(i)] for i in ids])
+        try:
+            numbers = [operator.index(i) for i in ids]
+        except TypeError:
+            raise ValueError(f"ids={ids!r}: must be token numbers (t,)") from None
+        unknown = [i for i in numbers if not 0 <= i < len(self)]
+        if not unknown: return self.join([self.pieces[i] for i in numbers])
+        raise ValueError(f"ids: {unknown[0]} is not one of the token numbers 0 .. {len(self) - 1}")
 
 # %% ../nbs/09_transformers.ipynb #32165e4e
 _END = "<|endoftext|>"          # between two stories, as GPT-2 has it
@@ -102,8 +125,12 @@ def windows(ids: torch.Tensor,      # (N,) token numbers
             context: int,           # length of a window
             stride: int | None = None):  # from one start to the next; None: as long as a window
     "Inputs and targets, both `(n, context)`."
+    ids, context = torch.as_tensor(ids), check_count(context, "context")
+    stride = context if stride is None else check_count(stride, "stride")
+    if ids.ndim != 1:
+        raise ValueError(f"ids must be the token numbers (N,) of a text, got {tuple(ids.shape)}")
     if len(ids) <= context: raise ValueError(f"the text has {len(ids)} tokens, which is no more than context={context}: take a longer text or a shorter context")
-    w = ids.unfold(0, context + 1, stride or context)
+    w = ids.unfold(0, context + 1, stride)
     return w[:, :-1].contiguous(), w[:, 1:].contiguous()
 
 # %% ../nbs/09_transformers.ipynb #db829692
@@ -192,6 +219,9 @@ def vit(size: int, channels: int, classes: int,  # images (n, channels, size, si
         patch: int = 4,                          # side of a patch: a divisor of `size`
         n_layer: int = 6, n_head: int = 6, n_embd: int = 96):
     "transformers' ViTForImageClassification with random weights, without dropout."
+    size, channels, classes = _counts(size=size, channels=channels, classes=classes)
+    patch, n_layer = _counts(patch=patch, n_layer=n_layer)
+    n_head, n_embd = _shares(n_head, n_embd)
     if size % patch: raise ValueError(f"patch={patch} must divide size={size}")
     tf = _transformers()
     return tf.ViTForImageClassification(tf.ViTConfig(image_size=size, patch_size=patch, num_channels=channels, num_labels=classes, hidden_size=n_embd, num_hidden_layers=n_layer, num_attention_heads=n_head,
@@ -208,12 +238,30 @@ def image_vit() -> tuple:   # (`Trained`, the test images as a `Dataset`)
     return trained("vit-mnist", net, train.x[:n], train.y[:n]), test
 
 # %% ../nbs/09_transformers.ipynb #be0d087f
+def _place(name):
+    "Folder of a model on this machine. With a name, transformers asks the network for adapters."
+    if Path(name).is_dir(): return name
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config = try_to_load_from_cache(str(name), "config.json")
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{str(name)!r} is neither a folder nor a name: {error}") from None
+    if isinstance(config, str): return Path(config).parent
+    raise FileNotFoundError(f"no config.json of {str(name)!r} in the cache")
+
+
 def pretrained(name,                     # of a model on the hub, such as "gpt2" or "google/vit-base-patch16-224", or a folder
                kind: str = "AutoModel",  # class of transformers, such as "AutoModelForCausalLM" or "AutoModelForImageClassification"
                download: bool = False):  # may the network be used?
     "A trained model in eval mode. FileNotFoundError where its files are not on this machine and `download` is False."
     tf = _transformers()
-    try: return getattr(tf, kind).from_pretrained(name, local_files_only=not download, use_safetensors=True, trust_remote_code=False).eval()
+    try:
+        place = name if download else _place(name)
+        return getattr(tf, kind).from_pretrained(
+            place, local_files_only=not download, use_safetensors=True, trust_remote_code=False
+        ).eval()
     except OSError as error:
         raise FileNotFoundError(f"{Path(name).name!r}: no config.json and model.safetensors in the cache of transformers on this machine; pass download=True, or a folder that holds them") from error
 

@@ -8,6 +8,7 @@ __all__ = ['SETS', 'LOW_RANK', 'Dataset', 'SubsetError', 'check_count', 'Row', '
            'low_rank']
 
 # %% ../nbs/90_data.ipynb #f76ce480
+import codecs
 import contextlib
 import difflib
 import gzip
@@ -201,6 +202,18 @@ def data_roots():
     return roots
 
 
+def _matches(folder, pattern):
+    "Files and folders that match, without hidden ones, pipes and devices."
+    paths = (path for path in folder.glob(pattern) if path.name[0] != ".")
+    return sorted(path for path in paths if os.path.isfile(path) or os.path.isdir(path))
+
+
+def _check_regular(path):
+    "UnreadableData for a pipe or a device, from which reading may never end."
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UnreadableData(f"{path}: not a file: put one there")
+
+
 def _find(request):
     "Set source, folder and files of the request and return []; or return what is missing, relative to the data roots."
     row = request.row
@@ -208,7 +221,7 @@ def _find(request):
     patterns, missing = [pattern.format(task=request.task) for pattern in patterns], {}
     for source, root in data_roots() if patterns else ():
         for at in row.at:
-            files = [sorted((root / at).glob(pattern)) for pattern in patterns]
+            files = [_matches(root / at, pattern) for pattern in patterns]
             if all(files):
                 request.source, request.folder, request.files = source, root / at, files
                 return []
@@ -262,6 +275,7 @@ def read_idx(path   # of the file; the suffix .gz says that it is compressed
     "Array in an idx file, plain or gzipped; `UnreadableData` if the header and the content disagree."
     path = Path(path)
     packed, again = path.suffix == ".gz", "get it again"
+    _check_regular(path)
     try:
         with (gzip.open if packed else open)(path, "rb") as file:
             start, kind, shape = _idx_header(path, file)
@@ -479,14 +493,43 @@ def _square(image, size):
     return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
 
 
-def _decode(path, size):
+def _rgb(image, where):
+    "A PIL image upright, in RGB, white where it was transparent; `where` names it in an error."
+    kind, image = image.format, ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF": image = _grey(image, kind, where)
+    if "transparency" not in image.info and image.mode[-1] not in "Aa": return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _grey(image, kind, where):
+    "A picture of long integers or floats in 256 levels; pillow would cut them off at 255."
+    sixteen = image.mode.startswith("I;16") or kind in ("PNG", "PPM")
+    values = np.asarray(image) / (65535 if sixteen else 1)
+    if image.mode == "I" and not sixteen or not ((values >= 0) & (values <= 1)).all():
+        raise UnreadableData(
+            f"{where}: numbers of mode {image.mode!r} from {values.min()} to {values.max()}, of"
+            " which it is not known what is white: save it with 8 or 16 bits, or as floats in"
+            " [0, 1]"
+        )
+    grey = Image.fromarray(np.round(values * 255).astype(np.uint8))
+    grey.info = dict(image.info)
+    return grey
+
+
+def _open_rgb(path):
+    "An image file as `_rgb` makes it; UnreadableData where it cannot be read."
+    _check_regular(path)
     try:
         with Image.open(path) as image:
-            return np.asarray(_square(image.convert("RGB"), size))
-    except MemoryError:
+            return _rgb(image, path)
+    except (MemoryError, UnreadableData):
         raise
     except Exception as error:  # pillow's readers raise many kinds, among them its own for bombs
         raise UnreadableData(f"{path}: not a readable image ({error}): get it again") from error
+
+
+def _decode(path, size): return np.asarray(_square(_open_rgb(path), size))
 
 
 def _room_for_images(request, n, side=None):
@@ -510,17 +553,20 @@ def _flat_folder(request):
     return np.stack([_decode(files[i], request.size) for i in rows]), rows, classes, None
 
 
+_NO_CLASS = ("BACKGROUND_Google", "__MACOSX")
+
+
 def _class_folders(request):
     folders = sorted(
         path
         for path in request.files[0][0].iterdir()
-        if path.is_dir() and path.name != "BACKGROUND_Google"
+        if path.is_dir() and path.name not in _NO_CLASS and path.name[0] != "."
     )
     files = [
         (path, k)
         for k, folder in enumerate(folders)
         for path in sorted(folder.iterdir())
-        if path.suffix.lower() in (".jpg", ".jpeg", ".png")
+        if path.suffix.lower() in (".jpg", ".jpeg", ".png") and path.name[0] != "."
     ]
     if not files:
         raise UnreadableData(
@@ -611,7 +657,8 @@ SETS["pcam"] = _vision_row("PCAM", "PCAM", {"train": 262144, "val": 32768, "test
 # %% ../nbs/90_data.ipynb #76298143
 def _documents(request):
     path = request.files[0][0]
-    mark = rb"<\|endoftext\|>" if request.name == "tinystories" else rb"\r?\n\r?\n"
+    stories = request.name == "tinystories"
+    mark = rb"<\|endoftext\|>(?:\s*<\|endoftext\|>)*" if stories else rb"\r?\n\r?\n"
     if not path.stat().st_size: raise UnreadableData(f"{path} is empty: get it again")
     with open(path, "rb") as file, contextlib.closing(
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -620,8 +667,11 @@ def _documents(request):
             (edge for hit in re.finditer(mark, text) for edge in hit.span()), np.int64
         ).reshape(-1, 2)
         starts, ends = np.append(0, gaps[:, 1]), np.append(
-            gaps[:, 0], [] if request.name == "tinystories" else len(text)
+            gaps[:, 0], [] if stories else len(text)
         ).astype(np.int64)
+        if text[:3] == codecs.BOM_UTF8: starts[0] = 3
+        if stories and len(ends) and not text[starts[0] : ends[0]].strip():
+            starts, ends = starts[1:], ends[1:]
         rows = request.pick(len(ends))
         _room(
             4 * int((ends[rows] - starts[rows]).sum()) + 100 * len(rows),
@@ -629,7 +679,7 @@ def _documents(request):
         )
         x = [_text_of(path, text[starts[i] : ends[i]]) for i in rows]
     return (
-        np.array([part.strip() for part in x] if request.name == "tinystories" else x, object),
+        np.array([part.strip() for part in x] if stories else x, object),
         None,
         None,
         None,
@@ -662,15 +712,22 @@ SETS["tinystories"] = Row("TinyStories ({total:,} stories)", "text", _documents,
 SETS["help_topics"] = Row(f"help topics of Python {platform.python_version()}", "text", _help_topics, {}, held=0.1)
 
 # %% ../nbs/90_data.ipynb #8f2955a8
+_ABOUT = re.compile(r"(?i)(read_?me|licen[cs]e|copying|notice|about)([-_. ].*)?").fullmatch
+
+
+def _lines_of(path):
+    "The lines of a text, ended by newlines alone, without the empty ones."
+    text = _text_of(path, path.read_bytes().removeprefix(codecs.BOM_UTF8))
+    return [line.strip() for line in re.split(r"\r\n|\n|\r", text) if line.strip()]
+
+
 def _surnames(request):
-    files = request.files[0]
+    files = [path for path in request.files[0] if not _ABOUT(path.stem)]
+    if not files: raise UnreadableData(f"{request.where()}: no file of names beside it")
     _room(
         100 * sum(path.stat().st_size for path in files), f"reading the names in {request.folder}"
     )
-    words = [
-        [line.strip() for line in _text_of(path, path.read_bytes()).splitlines() if line.strip()]
-        for path in files
-    ]
+    words = [_lines_of(path) for path in files]
     if empty := [path for path, part in zip(files, words) if not part]:
         raise UnreadableData(f"{empty[0]}: no name in it: get it again")
     x, y = np.array([word for part in words for word in part], object), np.repeat(
@@ -776,7 +833,27 @@ def _task_indices(path, lines, n):
                 number,
                 f"{bad[:1] or 'nothing'} is not an index of one of the {n} samples (0 .. {n - 1})",
             )
-    return [np.array(words, np.int64) for words in rows]
+    rows = [np.array(words, np.int64) for words in rows]
+    _check_no_leak(path, rows)
+    return rows
+
+
+def _check_no_leak(path, rows):
+    "UnreadableData where a line repeats an index, or shares one with the line it is paired with."
+    for number, row in enumerate(rows, 1):
+        found, times = np.unique(row, return_counts=True)
+        if (times > 1).any():
+            raise _malformed(
+                path, number, f"index {found[times > 1][0]} stands more than once: get it again"
+            )
+        both = np.intersect1d(row, rows[number - 2]) if number % 2 == 0 else ()
+        if len(both):
+            raise _malformed(
+                path,
+                number,
+                f"{len(both)} samples such as {both[0]} are also in line {number - 1}, on which"
+                " models are fitted: get it again",
+            )
 
 # %% ../nbs/90_data.ipynb #0835eae2
 def _facts(info):
@@ -882,6 +959,7 @@ def _request(name, split, n, random_state, size):
     if split not in row.splits: raise ValueError(f"split={split!r}: {base} has the splits {', '.join(row.splits)}")
     if size is not None and (row.modality != "image" or isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1):
         raise ValueError(f"size={size!r} for {base} ({row.modality}): size is the side of images in pixels, an integer >= 1; leave it out otherwise")
+    if random_state is not None: check_count(random_state, "random_state", 0, 2**32 - 1)
     return Request(str(name), row, split, n, random_state, size or row.size, task)
 
 
@@ -913,7 +991,7 @@ def _as_images(request, x):
     if x.dtype == np.uint8 and x.ndim in (3, 4):
         _room(8 * x.size, f"{len(x):,} images of {request.where()}")
         x = (x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2)).astype(np.float32) / 255
-    if x.ndim != 4 or x.shape[1] not in (1, 3) or x.dtype.kind != "f":
+    if x.ndim != 4 or x.shape[1] not in (1, 3) or x.dtype.kind != "f" or not x.size:
         raise UnreadableData(
             f"{request.where()}: images of shape {x.shape} and type {x.dtype}; a reader gives bytes"
             " (n, h, w) or (n, h, w, c), or numbers in [0, 1] of shape (n, c, h, w), with c = 1"

@@ -11,6 +11,7 @@ import difflib
 import math
 import numbers
 import pickle
+import re
 from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,8 +29,9 @@ from skorch.callbacks import LRScheduler
 from torch import nn
 
 from .agop import matrix_power
-from .arrays import is_number, as_real
-from .data import DataNotFound, UnreadableData, cache_dir, data_roots, load
+from .arrays import as_real, is_count, is_number
+from .data import DataNotFound, UnreadableData, _open_rgb, _rgb
+from .data import cache_dir, check_count, data_roots, load
 from .figures import device, pick
 from .mlps import _seeded, trained
 from .nfa import nfa
@@ -178,7 +180,7 @@ def cnn(name: str,                 # "resnet20", "resnet32", "resnet56" (CIFAR-1
         random_state: int = 0      # of images and fresh weights
         ) -> Network:
     "A convolutional network and images for it. Raises DataNotFound, naming the places tried, where weights or images are absent, ValueError for an unknown name."
-    n = n or pick(quick=16, book=32, paper=256)
+    n = pick(quick=16, book=32, paper=256) if n is None else check_count(n, "n")
     if name in SMALL_VGGS:
         result, data = _small_vgg(name)
         model, who = result.module if pretrained else result.initial, "small VGG trained on"
@@ -218,10 +220,8 @@ def as_photos(images,              # path, PIL image, or array or tensor (h, w),
 
 def _pixels(images):
     "What was given as a tensor, and the axes where its channels may be, the likelier first: numpy and PIL put them last, torch first."
-    if isinstance(images, (str, Path)):
-        try: images = Image.open(images).convert("RGBA")
-        except OSError as error: raise UnreadableData(f"{images}: not a readable image ({error})") from error
-    if isinstance(images, Image.Image): images = np.array(images.convert("RGBA"))
+    if isinstance(images, (str, Path)): images = _open_rgb(images)
+    if isinstance(images, Image.Image): images = np.array(_rgb(images, "images"))
     if isinstance(images, torch.Tensor) and not images.is_complex(): return images.detach(), (1, -1)
     return torch.as_tensor(np.asarray(as_real(images, "images"))), (-1, 1)
 
@@ -240,6 +240,11 @@ class PatchOperator:
 
     @cached_property
     def _spectrum(self):
+        if not self.matrix.any():
+            raise ValueError(
+                f"{self.name} is not used: no gradient of the outputs reaches this layer, so it"
+                " has no directions; take another layer"
+            )
         values, vectors = torch.linalg.eigh(self.matrix)
         vectors = vectors * torch.gather(vectors, 0, vectors.abs().argmax(0, keepdim=True)).sign()      # the largest entry is positive
         return values.flip(0).clamp(min=0), vectors.flip(1).T
@@ -249,6 +254,7 @@ class PatchOperator:
 
     def directions(self, k: int = 8) -> tuple:
         "The `k` leading eigenvalues as shares of the trace `(k,)`, and the eigenvectors as patches `(k, c, height, width)`."
+        if not is_count(k): raise ValueError(f"k={k!r}: must be an integer >= 1")
         values, vectors = self._spectrum
         return values[:k] / values.sum(), vectors[:k].reshape(-1, *self.shape)
 
@@ -281,6 +287,8 @@ class PatchOperator:
         except _Reached: pass
         except RuntimeError as error: raise ValueError(f"photos of {x.shape[2]} x {x.shape[3]} pixels do not pass through the network to {self.name} ({error}); enlarge them") from error
         finally: hook.remove()
+        if not seen:
+            raise ValueError(f"{self.name} is not used: the network does not call it on photos")
         return (F.interpolate(seen[0], x.shape[2:], mode="bilinear") if resize else seen[0])[:, 0].float().cpu()
 
     def show(self, photo, direction: int | None = None):
@@ -288,6 +296,32 @@ class PatchOperator:
         return layer_grid([self], [photo], direction=direction)
 
 # %% ../nbs/07_cnns.ipynb #1d16d0cc
+def _convolutions(model):
+    "The 2d convolutions by the names of their sites; an adapter is part of what it adapts."
+    found = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Conv2d) or re.search(r"\.lora_\w+\.", name): continue
+        name = re.sub(r"\.base_layer$", "", name)
+        found[name or type(module).__name__] = module
+    return found
+
+
+def _wanted(convs, layers):
+    "The names of the layers that are asked for; ValueError for what is none."
+    if layers is None: return list(convs)
+    if not isinstance(layers, (str, list, tuple, set, dict)):
+        raise ValueError(f"layers={layers!r}: give the name of a convolution, or a list of names")
+    names = [layers] if isinstance(layers, str) else list(layers)
+    for name in names:
+        if name in convs: continue
+        close = difflib.get_close_matches(str(name), convs, 3, 0.4) or list(convs)[:3]
+        raise ValueError(
+            f"layers: {name!r} is not a convolution of the network; did you mean"
+            f" {' or '.join(map(repr, close))}? (all: patch_operators(model, images).keys())"
+        )
+    return names
+
+
 def patch_operators(model: nn.Module,    # in eval mode, taking images `(n, c, h, w)`
                     images,              # as in `as_photos`: what the AGOP averages over
                     layers=None,         # name of a convolution, or list of names; None: all of them
@@ -295,15 +329,14 @@ def patch_operators(model: nn.Module,    # in eval mode, taking images `(n, c, h
                     output=None, probes=None, random_state=None, batch_size=None, progress: bool = False   # as in `nfa`
                     ) -> dict:           # name -> `PatchOperator`, in the order of the network
     "Patch-AGOP of every convolution from one sweep. Raises ValueError for networks without 2d convolutions and for unknown layers, naming near ones."
-    convs = {name or type(m).__name__: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    convs = _convolutions(model)
     if not convs: raise ValueError(f"model {type(model).__name__} has no 2d convolution, so it has no patches")
-    for name in (wanted := list(convs) if layers is None else [layers] if isinstance(layers, str) else list(layers)):
-        if name in convs: continue
-        close = difflib.get_close_matches(name, convs, 3, 0.4) or list(convs)[:3]
-        raise ValueError(f"layers: {name!r} is not a convolution of the network; did you mean {' or '.join(map(repr, close))}? (all: patch_operators(model, images).keys())")
+    wanted = _wanted(convs, layers)
     x = as_photos(images, next(iter(convs.values())).in_channels).to(next(model.parameters()).device)
     _, sites = nfa(model, x, output=output, probes=probes, random_state=random_state, batch_size=batch_size, rotations=0, matrices=True, progress=progress)
     agops = {site.name: site for site in sites if site.name in wanted}
+    if lost := [name for name in wanted if name not in agops]:
+        raise ValueError(f"layers: nfa knows no weight by the name {lost[0]!r}; leave it out")
     return {name: PatchOperator(name, model, convs[name], agops[name].agop().cpu()) for name in convs if name in wanted}
 
 # %% ../nbs/07_cnns.ipynb #3d3f28a1
@@ -326,6 +359,12 @@ def layer_grid(operators,                 # `PatchOperator`s: a list, or what `p
                ):                         # matplotlib Figure
     "Photographs (rows) seen through the operators of several layers (columns)."
     operators = list(operators.values() if isinstance(operators, dict) else operators)
+    if isinstance(photos, (str, Path, Image.Image)): photos = [photos]
+    if not len(photos): raise ValueError("photos is empty: give at least one photograph")
+    if titles is not None and (isinstance(titles, str) or len(titles) != len(photos)):
+        raise ValueError(
+            f"titles={titles!r}: give a list of one string for each of the {len(photos)} photos"
+        )
     fig, axes = plt.subplots(len(photos), 1 + len(operators), figsize=(size * (1 + len(operators)), size * len(photos) + 0.25), squeeze=False)
     for i, (row, photo) in enumerate(zip(axes, photos)):
         x = as_photos(photo).cpu()

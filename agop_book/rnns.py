@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
+from .arrays import is_count
+
 # %% ../nbs/08_rnns.ipynb #acf649e8
 class SharedLinear(nn.Linear):
     "Rows of a recurrent module's matrices, side by side, as one linear map. Owns no weights: it reads the module's when asked."
@@ -159,7 +161,12 @@ def char_codes(
     length: int | None = None,  # cut or pad (with 0) to so many; default: the longest text
 ) -> torch.Tensor:     # (n, length) int64
     "Strings as rows of numbers."
-    code, length = {c: i + 2 for i, c in enumerate(alphabet)}, length or max(map(len, texts))
+    if isinstance(texts, str): raise ValueError("texts is one string: give a list of strings")
+    texts = list(texts)
+    if not any(texts): raise ValueError("texts holds no character: give at least one string")
+    if length is None: length = max(map(len, texts))
+    elif not is_count(length): raise ValueError(f"length={length!r}: must be an integer >= 1")
+    code = {c: i + 2 for i, c in enumerate(alphabet)}
     return torch.tensor([[code.get(c, 1) for c in text[:length]] + [0] * (length - len(text)) for text in texts])
 
 # %% ../nbs/08_rnns.ipynb #0d3db1da
@@ -175,6 +182,11 @@ class CharRNN(nn.Module):
         super().__init__()
         kinds = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
         if kind not in kinds: raise ValueError(f"kind={kind!r}: choose one of {', '.join(kinds)}")
+        sizes = dict(vocab=vocab, hidden=hidden, layers=layers, outputs=outputs, embed=embed)
+        for name, value in sizes.items():
+            optional = value is None and name in ("outputs", "embed")
+            if not (optional or is_count(value)):
+                raise ValueError(f"{name}={value!r}: must be an integer >= 1")
         self.vocab, self.classify = vocab, outputs is not None
         self.embed = nn.Embedding(vocab, embed) if embed else None
         self.rnn = kinds[kind](embed or vocab, hidden, layers, batch_first=True)

@@ -26,7 +26,9 @@ from sklearn.utils import check_random_state
 from torch import nn
 
 from .agop import matrix_power
-from .attention import _transformers, minilm_folder, pretrained
+from .arrays import as_real, is_count, is_number
+from .attention import _place, _transformers, minilm_folder, pretrained
+from .data import check_count
 from .nfa import nfa
 
 # %% ../nbs/10_tokens.ipynb #f8b14d0f
@@ -47,8 +49,8 @@ def _body(model):
 def _check_ids(ids, body, name="data"):
     "Token numbers as `(n, t)` on the model's device."
     ids = torch.as_tensor(ids)
-    if ids.ndim != 2 or not ids.numel() or ids.is_floating_point(): raise ValueError(f"{name} must hold token numbers (n texts, t positions), got {ids.dtype} of shape {tuple(ids.shape)}; for one text: ids[None]")
-    if ids.shape[1] > body.wpe.num_embeddings: raise ValueError(f"{name} has texts of {ids.shape[1]} tokens, more than the {body.wpe.num_embeddings} positions of the model: cut them with agop_book.attention.windows")
+    if ids.ndim != 2 or not ids.numel() or ids.dtype == torch.bool or ids.is_floating_point(): raise ValueError(f"{name} must hold token numbers (n texts, t positions), got {ids.dtype} of shape {tuple(ids.shape)}; for one text: ids[None]")
+    if name != "ids" and ids.shape[1] > body.wpe.num_embeddings: raise ValueError(f"{name} has texts of {ids.shape[1]} tokens, more than the {body.wpe.num_embeddings} positions of the model: cut them with agop_book.attention.windows")
     if not 0 <= int(ids.min()) <= int(ids.max()) < len(body.wte.weight): raise ValueError(f"{name} has token number {int(ids.max() if ids.max() >= len(body.wte.weight) else ids.min())}, outside the vocabulary of {len(body.wte.weight):,}: use the tokenizer that belongs to the model")
     return ids.to(body.wte.weight.device)
 
@@ -64,15 +66,29 @@ def _read(model, ids, layers):
     return [seen[i] for i in layers]
 
 
+def _numbers(ids, body):
+    "Token numbers as `(m,)` on the model's device."
+    if not isinstance(ids, torch.Tensor): ids = np.asarray(as_real(ids, "ids"))
+    shape = tuple(ids.shape)
+    if len(shape) != 1 or not shape[0]:
+        raise ValueError(f"ids must hold token numbers (m,), got shape {shape}")
+    if isinstance(ids, np.ndarray) and ids.dtype.kind not in "iu":
+        raise ValueError(f"ids must hold token numbers, got {ids.dtype}")
+    ids = ids if isinstance(ids, torch.Tensor) else torch.tensor(ids)
+    return _check_ids(ids[None], body, "ids")[0]
+
+
 @torch.no_grad()
 def inputs(model,
            ids,                # (m,) token numbers
            text=None,          # token numbers (n, t): average over the places where each token stands in it; None: the embedding alone
            batch_size: int = 32) -> torch.Tensor:
     "What the values of each layer read of tokens `(layers, m, d)`; NaN for a token that is not in `text`."
-    body, ids = _body(model), ids if isinstance(ids, torch.Tensor) else torch.tensor(np.asarray(ids))
-    E, layers = body.wte.weight, range(len(body.h))
-    if text is None: return torch.stack([block.ln_1(E[ids.to(E.device)] + body.wpe.weight.mean(0)) for block in body.h])
+    body = _body(model)
+    E, layers, ids = body.wte.weight, range(len(body.h)), _numbers(ids, body)
+    check_count(batch_size, "batch_size")
+    if text is None: return torch.stack([block.ln_1(E[ids] + body.wpe.weight.mean(0)) for block in body.h])
+    ids, again = ids.unique(return_inverse=True)
     place = torch.full((len(E),), -1, device=E.device)
     place[ids] = torch.arange(len(ids), device=E.device)
     sums, counts = E.new_zeros(len(layers), len(ids), E.shape[1]), E.new_zeros(len(ids))
@@ -80,7 +96,7 @@ def inputs(model,
         where, u = place[batch.flatten()], torch.stack(_read(model, batch, layers)).flatten(1, 2)
         sums.index_add_(1, where[where >= 0], u[:, where >= 0])
         counts += torch.bincount(where[where >= 0], minlength=len(ids))
-    return sums / counts[:, None].where(counts[:, None] > 0, torch.nan)
+    return (sums / counts[:, None].where(counts[:, None] > 0, torch.nan))[:, again]
 
 # %% ../nbs/10_tokens.ipynb #f3fd207f
 @dataclass(frozen=True, eq=False)
@@ -129,6 +145,8 @@ class ValueHeads:
                  batch_size: int = 16, random_state=None, progress: bool = True):
         self.model, self.tokens, body = model, tokens, _body(model)
         data, head = _check_ids(data, body), getattr(model, "lm_head", body.wte)
+        check_count(batch_size, "batch_size")
+        if probes is not None: check_count(probes, "probes", 2)
         root = logit_root(head.weight)
         table, sites = nfa(body, data, output=lambda y, batch: y.last_hidden_state @ root, probes=probes, batch_size=batch_size, random_state=random_state, matrices=True, progress=progress)
         rows = [i for i, site in enumerate(sites) if site.kind == "value"]
@@ -146,13 +164,13 @@ class ValueHeads:
         "One of them. IndexError for a layer, head or index that the model does not have."
         rank = len(self.sites[0].W)
         for name, value, known in (("layer", layer, set(self.table.layer)), ("head", head, set(self.table["head"].fillna(0))), ("index", index, range(rank))):
-            if value not in known: raise IndexError(f"{name}={value!r}: choose one of {min(known)} to {max(known)}")
+            if not is_number(value) or value not in known: raise IndexError(f"{name}={value!r}: choose one of {min(known)} to {max(known)}")
         row = int(np.flatnonzero((self.table.layer == layer) & (self.table["head"].fillna(0) == head))[0])
         return self._of(row, index + 1, kind, 0)[index]
 
     def _of(self, row, k, kind, seed):
         W, C, layer, head = self.sites[row].W, _moment(self.sites[row]), int(self.table.layer[row]), self.table["head"].fillna(0)[row]
-        if not 1 <= k <= len(W): raise ValueError(f"k={k!r}: a head of this model has {len(W)} directions")
+        if not is_count(k) or k > len(W): raise ValueError(f"k={k!r}: a head of this model has {len(W)} directions")
         if kind == "agop": A = matrix_power(C, 0.5) @ W
         elif kind == "singular": A = W
         elif kind == "random": A = torch.from_numpy(check_random_state(seed + row).randn(*W.shape)).to(W)
@@ -235,9 +253,7 @@ def thematic(groups,                   # lists of words, or a table with them in
     missing = sorted(({w for g in groups for w in g} | set(embedding.index)) - (set(embedding.index) & set(counts.index)))
     if missing: raise ValueError(f"{len(missing)} words such as {missing[0]!r} are not in both embedding and counts: take the words of a group from those, for instance words.loc[embedding.index]")
     if not len(groups) or any(len(set(g)) < 2 or len(set(g)) < len(g) for g in groups): raise ValueError("groups must hold at least one group, each of two or more different words")
-    e = embedding.to_numpy(np.float64)
-    e = e - e.mean(0)
-    e = e / np.linalg.norm(e, axis=1, keepdims=True).clip(1e-12)
+    e = _unit_vectors(embedding)
     like, rng = (e @ e.T).astype(np.float32), np.random.default_rng(check_random_state(random_state).randint(2**31 - 1))
     shuffled = np.empty((len(e), n_resamples), np.int32)
     for part in np.array_split(np.argsort(counts[embedding.index].to_numpy(), kind="stable"), min(classes, max(1, len(e) // 5))):
@@ -245,6 +261,26 @@ def thematic(groups,                   # lists of words, or a table with them in
     rows = [_score(embedding.index.get_indexer(g), like, shuffled) for g in groups]
     table = pd.DataFrame(rows, index=groups.index)
     return table.assign(q=false_discovery_control(table.p))
+
+
+def _unit_vectors(embedding):
+    "The vectors of the words, centred, of length 1; ValueError for words without a direction."
+    e = np.asarray(as_real(embedding, "embedding"), np.float64)
+    none = ~np.isfinite(e).all(1) | ~e.any(1)
+    if none.any():
+        raise ValueError(
+            f"embedding: {none.sum()} words have a vector of zeros or one that is not finite:"
+            f" {', '.join(map(repr, embedding.index[none][:5]))}; leave these words out"
+        )
+    least, e = 1e-12 * np.abs(e).max(), e - e.mean(0)
+    norms = np.linalg.norm(e, axis=1, keepdims=True)
+    same = norms[:, 0] <= least
+    if same.any():
+        raise ValueError(
+            f"embedding: {same.sum()} words have the mean of all vectors as theirs:"
+            f" {', '.join(map(repr, embedding.index[same][:5]))}; leave these words out"
+        )
+    return e / norms
 
 
 def _score(group, like, shuffled):
@@ -262,6 +298,7 @@ def agreement(heads: ValueHeads,
     """Eigenvectors of the AGOP against right singular vectors of the value weights, one row per head.
 
     leading: |cosine| of the first of both; shared: mean cos^2 of the principal angles between the first `k`; `_turned`: the same after a random rotation of C in W^T C W; chance: shared of random spaces; pearson: of NFM and AGOP^(1/2)."""
+    check_count(k, "k")
     rows, rng = [], check_random_state(random_state)
     for row, site in enumerate(heads.sites):
         C, W = _moment(site), site.W
@@ -302,6 +339,10 @@ class Coloured:
     limit: float = 3.0                              # weight of the full colour
     above: tuple = tuple(int(255 * c + 0.5) for c in (0.835, 0.369, 0.0))
     below: tuple = tuple(int(255 * c + 0.5) for c in (0.0, 0.447, 0.698))
+
+    def __post_init__(self):
+        if not is_number(self.limit) or not 0 < self.limit < np.inf:
+            raise ValueError(f"limit={self.limit!r}: must be a finite number above 0")
 
     def _paint(self, weight):
         "Colour, and opacity of 0 to 0.6: letters keep their contrast on light and dark pages."
@@ -373,7 +414,10 @@ def hub_language(name,                    # of a model on the hub, such as "gpt2
     model = pretrained(name, "AutoModelForCausalLM", download)
     _body(model)
     try:
-        tokens = _transformers().AutoTokenizer.from_pretrained(name, local_files_only=not download, trust_remote_code=False)
+        place = name if download else _place(name)
+        tokens = _transformers().AutoTokenizer.from_pretrained(
+            place, local_files_only=not download, trust_remote_code=False
+        )
         if not tokens.encode("a"): raise OSError("no vocabulary")       # transformers makes an empty one where there are no files
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"{str(name).rsplit('/')[-1]!r}: the model is on this machine, its tokenizer (tokenizer.json, or vocab.json and merges.txt) is not; pass download=True, or put it beside the model") from error

@@ -1,6 +1,7 @@
 """Transformers from configurations, tokens, windows, training, and what is said where a package or a file is missing."""
 import importlib.util
 import math
+import socket
 import subprocess
 import sys
 
@@ -146,6 +147,94 @@ def test_pretrained_reads_safetensors_only(tmp_path):
     (tmp_path / "p/config.json").write_text((tmp_path / "m/config.json").read_text())
     torch.save(model.state_dict(), tmp_path / "p/pytorch_model.bin")
     with pytest.raises(FileNotFoundError): pretrained(tmp_path / "p", "AutoModelForCausalLM")
+
+
+@pytest.mark.parametrize("bad", [0, -1, True, 2.5, "2", 2**63])
+@pytest.mark.parametrize("name", ["context", "stride"])
+def test_bad_windows_are_named(name, bad):
+    arguments = dict(context=8, stride=4) | {name: bad}
+    with pytest.raises(ValueError, match=f"{name}="): windows(torch.arange(100), **arguments)
+    with pytest.raises(ValueError, match="ids must"): windows(torch.zeros(20, 2).long(), 8)
+
+
+@pytest.mark.parametrize("ids", [[-1], [99], [1.5], [None], 3, "a", [[1]]], ids=str)
+def test_numbers_that_are_no_tokens(ids):
+    with pytest.raises(ValueError, match="ids"): Tokens("abc").decode(ids)
+
+
+def test_numbers_of_every_kind_are_decoded():
+    letters = Tokens("abc")
+    kinds = [0, 2], (0, 2), letters.encode("ac"), letters.encode("ac").numpy()
+    assert [letters.decode(ids) for ids in kinds] == ["ac"] * 4 and letters.decode([]) == ""
+
+
+@needs_transformers
+@pytest.mark.parametrize("make, good", [
+    (gpt2, dict(vocab=5, context=4, n_layer=1, n_head=2, n_embd=8)),
+    (vit, dict(size=8, channels=1, classes=2, patch=4, n_layer=1, n_head=2, n_embd=8)),
+])
+def test_bad_shapes_of_models_are_named(make, good):
+    for name in good:
+        for bad in (0, -1, True, 2.5):
+            with pytest.raises(ValueError, match=f"{name}="): make(**good | {name: bad})
+    with pytest.raises(ValueError, match="n_embd=8 must be a multiple of n_head=5"):
+        make(**good | {"n_head": 5})
+    make(**{name: torch.tensor(value).numpy()[()] for name, value in good.items()})
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    "A list of the connections that were tried; none of them succeeds."
+    tried = []
+
+    def refuse(*args, **named):
+        tried.append(args)
+        raise OSError("no network in this test")
+
+    for name in ("getaddrinfo", "create_connection"):
+        monkeypatch.setattr(socket, name, refuse)
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    return tried
+
+
+def _in_cache(cache, name, model):
+    "Write a model as the hub's client keeps it."
+    folder = cache / f"models--{name.replace('/', '--')}"
+    model.save_pretrained(folder / "snapshots" / "abc")
+    (folder / "refs").mkdir()
+    (folder / "refs/main").write_text("abc")
+
+
+@needs_transformers
+def test_pretrained_asks_no_network_without_download(tmp_path, monkeypatch, no_network):
+    from huggingface_hub import constants, file_download
+    for module in (constants, file_download):
+        monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path), raising=False)
+    for name in ("no-such/model", "gpt2", "a b", "no/such/folder", tmp_path / "no"):
+        with pytest.raises(FileNotFoundError, match="download=True"): pretrained(name)
+    model = gpt2(9, 8, n_layer=1, n_head=1, n_embd=4)
+    _in_cache(tmp_path, "some/model", model)
+    read = pretrained("some/model", "AutoModelForCausalLM")
+    assert torch.equal(read.lm_head.weight, model.lm_head.weight)
+    from agop_book.tokens import hub_language
+    with pytest.raises(FileNotFoundError, match="tokenizer"): hub_language("some/model")
+    with pytest.raises(DataNotFound): gpt2_tokens("a b")
+    assert not no_network
+
+
+@needs_transformers
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+def test_adapters_whose_base_is_absent_ask_no_network(tmp_path, no_network):
+    import peft
+    model = gpt2(9, 8, n_layer=1, n_head=1, n_embd=4)
+    model.config.name_or_path = model.name_or_path = "no-such/base"
+    peft.get_peft_model(model, peft.LoraConfig(r=1, target_modules=["c_attn"])).save_pretrained(tmp_path)
+    assert "no-such/base" in (tmp_path / "adapter_config.json").read_text()
+    no_network.clear()                                # writing asked for the base's vocabulary
+    with pytest.raises(FileNotFoundError, match="download=True"):
+        pretrained(tmp_path, "AutoModelForCausalLM")
+    assert not no_network
 
 
 @needs_transformers

@@ -337,6 +337,55 @@ def test_photos(root):
     assert load("photos").label == "3 photographs"          # no longer ImageNet's alone
 
 
+def both_ways(root, image, **options):
+    "What `load` and `as_photos` make of one image file, as `(3, h, w)`."
+    from agop_book.patches import as_photos
+    path = root / "imagenet/train/a/1.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+    return [load("imagenet", size=8).x[0], as_photos(path)[0].numpy()]
+
+
+@pytest.mark.parametrize("image, kind", [
+    (Image.fromarray(np.full((8, 8), 16384, np.uint16)), "PNG"),
+    (Image.fromarray(np.full((8, 8), 16384, np.uint16)), "TIFF"),
+    (Image.fromarray(np.full((8, 8), 0.25, np.float32)), "TIFF"),
+    (Image.new("RGBA", (8, 8), (0, 0, 0, 191)), "PNG"),
+    (Image.new("LA", (8, 8), (0, 191)), "PNG"),
+], ids=str)
+def test_a_quarter_of_white_in_every_kind_of_file(root, image, kind):
+    for x in both_ways(root, image, format=kind): assert np.abs(x - 0.25).max() < 1 / 255
+
+
+def test_transparent_pixels_are_white(root):
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    for x in both_ways(root, palette, format="PNG", transparency=1): assert (x == 1).all()
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    for x in both_ways(root, clear, format="PNG"): assert (x == 1).all()
+
+
+def test_photographs_are_upright(root):
+    values = np.zeros((8, 8, 3), np.uint8)
+    values[:, :4] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6                                  # turn clockwise: left becomes top
+    for x in both_ways(root, Image.fromarray(values), format="PNG", exif=exif):
+        assert (x[:, :4] == 1).all() and (x[:, 4:] == 0).all()
+
+
+@pytest.mark.parametrize("values", [
+    np.full((8, 8), 300.0, np.float32), np.full((8, 8), np.nan, np.float32),
+    np.full((8, 8), 70_000, np.int32),
+], ids=["large", "nan", "int32"])
+def test_photographs_without_a_known_white_are_refused(root, values):
+    from agop_book.patches import as_photos
+    with pytest.raises(UnreadableData, match="1.png.*what is white"):
+        both_ways(root, Image.fromarray(values), format="TIFF")
+    with pytest.raises(UnreadableData, match="1.png.*what is white"):
+        as_photos(root / "imagenet/train/a/1.png")
+
+
 def test_a_row_of_your_own(root, monkeypatch):
     for k in range(10): picture(root / f"mine/{'cat' if k % 2 else 'dog'}/{k}.jpg", 10 * k)
     monkeypatch.setitem(SETS, "mine", data.Row("my photographs", "image", data._class_folders, {"all": None}, ("mine",), held=0.2, size=32))
@@ -362,6 +411,61 @@ def test_names(root):
     d = load("names", split="all")
     assert d.x.tolist() == ["Abélard", "Béranger", "Adamou"] and d.y.tolist() == [0, 0, 1] and d.classes == ["French", "Greek"]
     assert d.label == "3 surnames of 2 languages"
+
+
+def test_lines_of_names_end_at_newlines_alone(root):
+    write(root / "names/French.txt", "\ufeffAbel\r\nBé\x0cr\nC\u2028d\u0085e\rFabre")
+    for name in ("README.txt", "readme_names.txt", "LICENSE.txt", ".hidden.txt", "._French.txt"):
+        write(root / "names" / name, "no name\n")
+    write(root / "names/Greek.txt", "Adamou\n")
+    d = load("names", split="all")
+    assert d.x.tolist() == ["Abel", "Bé\x0cr", "C\u2028d\u0085e", "Fabre", "Adamou"]
+    assert d.classes == ["French", "Greek"] and d.y.tolist() == [0, 0, 0, 0, 1]
+    for name in ("French", "Greek"): (root / f"names/{name}.txt").unlink()
+    with pytest.raises(UnreadableData, match="no file of names"): load("names")
+
+
+def test_empty_stories_and_byte_order_marks_are_no_text(root):
+    end = "<|endoftext|>"
+    for start in ("", end, f"\ufeff \n{end}\n"):
+        write(root / "tinystories/tinystories.txt", f"{start}One.{end} \n{end}{end}Two.{end}\n {end}")
+        assert load("tinystories", split="all").x.tolist() == ["One.", "Two."]
+    write(root / "tinyshakespeare/input.txt", "\ufeffA:\nx\n\nB:\ny")
+    assert load("shakespeare", split="all").x.tolist() == ["A:\nx", "B:\ny"]
+
+
+def test_hidden_folders_and_files_are_no_classes(root):
+    for name in (".cache/1.png", "__MACOSX/1.png", "a/1.png", "a/._1.png", "b/1.png"):
+        picture(root / "imagenet/train" / name)
+    d = load("imagenet", size=8)
+    assert d.classes == ["a", "b"] and len(d) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes on this system")
+def test_pipes_are_no_files(root):
+    digits_files(root / "mnist")
+    path = root / "mnist/train-images-idx3-ubyte"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DataNotFound, match="no mnist/train-images"): load("mnist")
+    with pytest.raises(UnreadableData, match="not a file"): read_idx(path)
+    picture(root / "imagenet/train/a/1.png")
+    os.mkfifo(root / "imagenet/train/a/2.png")
+    with pytest.raises(UnreadableData, match="2.png: not a file"): load("imagenet")
+
+
+@pytest.mark.parametrize("bad", [-1, 2**32, 1.5, "0", True])
+def test_a_bad_random_state_is_named(root, bad):
+    for n in (None, 5):
+        with pytest.raises(ValueError, match="random_state=") as error:
+            load("digits", n=n, random_state=bad)
+        assert not isinstance(error.value, UnreadableData)
+
+
+def test_images_without_height(root):
+    digits_files(root / "mnist")
+    write(root / "mnist/train-images-idx3-ubyte", idx(np.zeros((6, 0, 28))))
+    with pytest.raises(UnreadableData, match=r"train-images.*shape \(6, 1, 0, 28\)"): load("mnist")
 
 
 # --- torchvision's readers, on its own layouts ------------------------------------------------------------------------------------------
@@ -577,6 +681,10 @@ def test_task_and_its_splits(root):
     ("conxuntos.dat", lambda s: s.replace("0", "-1"), r"conxuntos.dat, line 1: \['-1'\]"),
     ("conxuntos.dat", lambda s: s.splitlines()[0], r"1 lines of indices, expected 2"),
     ("conxuntos_kfold.dat", lambda s: s + "1 2\n", r"9 lines of indices, expected 8"),
+    ("conxuntos.dat", lambda s: s.replace("1", "0"), r"conxuntos.dat, line 1: index 0 stands more than once"),
+    ("conxuntos.dat", lambda s: s.replace("5", "3"), r"conxuntos.dat, line 2: 1 samples such as 3 are also in line 1"),
+    ("conxuntos_kfold.dat", lambda s: s[::-1].replace("7 6", "7 7", 1)[::-1].lstrip(), r"conxuntos_kfold.dat, line 8: index 7 stands"),
+    ("conxuntos_kfold.dat", lambda s: s.replace("6 7", "6 5", 1), r"conxuntos_kfold.dat, line 2: 1 samples such as 5 are also in line 1"),
     ("toy.txt", lambda s: s.replace("n_clases= 2", ""), r"toy.txt, line 1: no integer n_clases"),
     ("toy.txt", lambda s: s.replace("n_clases= 2", "n_clases= 3"), r"toy.txt, line 1: n_clases= 3, but no row is of class 2"),
     ("toy.txt", lambda s: s.replace("n_entradas= 2", "n_entradas= two"), r"n_entradas= in this file \(it has 'two'\)"),

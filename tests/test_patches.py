@@ -155,6 +155,69 @@ def test_unknown_layers_and_networks_without_convolutions(net, x):
     with pytest.raises(ValueError, match="has no 2d convolution"): patch_operators(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval(), x)
 
 
+class Spare(nn.Module):
+    "One convolution in use, one that is not, one that is used by its weight alone."
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.spare, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 3)
+
+    def forward(self, x):
+        return F.conv2d(torch.tanh(self.a(x)), self.b.weight).mean((2, 3))
+
+
+def test_a_layer_that_is_not_used_is_said(x):
+    with pytest.warns(UserWarning, match="spare"): ops = patch_operators(Spare().eval(), x)
+    for ask in (ops["spare"].directions, lambda: ops["spare"].see(x)):
+        with pytest.raises(ValueError, match="spare is not used"): ask()
+    with pytest.raises(ValueError, match="b is not used"): ops["b"].see(x)
+    assert ops["a"].see(x).shape == (6, 16, 14)
+
+
+@pytest.mark.parametrize("k", ["2", -1, 0, True, 2.5, None, 2**63])
+def test_a_bad_number_of_directions_is_named(net, x, k):
+    op = patch_operators(net, x, "0")["0"]
+    with pytest.raises(ValueError, match="k="): op.directions(k)
+    assert op.directions(100)[1].shape == (27, 3, 3, 3)
+
+
+@pytest.mark.parametrize("layers", [3, [3], True, [None], 2.5])
+def test_layers_that_are_no_names(net, x, layers):
+    with pytest.raises(ValueError, match="layers"): patch_operators(net, x, layers)
+
+
+def test_an_adapted_convolution_has_the_operator_of_the_sum(x):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 2, 3), nn.Flatten())
+    net = nn.Sequential(net, nn.Tanh()).eval()
+    config = peft.LoraConfig(r=2, target_modules=["0.2"], init_lora_weights=False)
+    adapted = peft.get_peft_model(net, config).eval()
+    ops = patch_operators(adapted, x)
+    merged = adapted.merge_and_unload().eval()
+    plain = patch_operators(merged, x)
+    assert [name.removeprefix("base_model.model.") for name in ops] == list(plain) == ["0.0", "0.2"]
+    for a, b in zip(ops.values(), plain.values()):
+        assert torch.allclose(a.matrix, b.matrix, rtol=1e-3, atol=1e-5 * b.matrix.abs().max())
+    view = ops["base_model.model.0.0"].see(x)
+    assert torch.allclose(view, plain["0.0"].see(x), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [0, -1, True, 2.5])
+def test_a_bad_number_of_images_is_named(n):
+    with pytest.raises(ValueError, match="n="): cnn("resnet20", False, n=n)
+
+
+def test_grids_take_one_path_and_ask_for_every_title(net, x, tmp_path):
+    op = patch_operators(net, x, "0")["0"]
+    Image.new("RGB", (16, 14)).save(tmp_path / "photo.png")
+    for photo in (tmp_path / "photo.png", str(tmp_path / "photo.png")):
+        assert len(layer_grid([op], photo).axes) == 2
+    for titles in (["one"], [], "abcdef"):
+        with pytest.raises(ValueError, match="titles"): layer_grid([op], x, titles)
+    with pytest.raises(ValueError, match="photos is empty"): layer_grid([op], [])
+
+
 def test_textbook_filters_are_recognised_whatever_their_sign():
     for c, size in ((3, 3), (1, 3), (3, 7)):
         filters = edge_filters(c, size)

@@ -158,6 +158,22 @@ def test_characters():
     assert torch.allclose(CharLoss()(scores, codes), nn.functional.cross_entropy(scores.reshape(6, 4), codes.reshape(6)))
 
 
+@pytest.mark.parametrize("texts, options, message", [
+    (["ab"], dict(length=-1), "length=-1"), (["ab"], dict(length=0), "length=0"),
+    (["ab"], dict(length=True), "length=True"), (["ab"], dict(length=1.5), "length=1.5"),
+    ([], {}, "texts holds no"), ([""], dict(length=3), "texts holds no"), ("ab", {}, "texts is one"),
+])
+def test_bad_texts_and_lengths_are_named(texts, options, message):
+    with pytest.raises(ValueError, match=message): char_codes(texts, "abc", **options)
+    assert char_codes(iter(["ab", "c"]), "abc").tolist() == [[2, 3], [4, 0]]
+
+
+@pytest.mark.parametrize("name", ["vocab", "hidden", "layers", "outputs", "embed"])
+def test_bad_sizes_of_networks_are_named(name):
+    for bad in (0, -1, True, 2.5):
+        with pytest.raises(ValueError, match=f"{name}="): CharRNN(**dict(vocab=5) | {name: bad})
+
+
 @pytest.mark.parametrize("task", ("names", "text"))
 def test_tasks(task, monkeypatch):
     for name in ("AGOP_BOOK_DATA", "AGOP_BOOK_SCALE"): monkeypatch.delenv(name, raising=False)

@@ -106,6 +106,40 @@ def test_inputs(heads):
     assert inputs(model, [3, 1, 5], text)[:, 2].isnan().all()
 
 
+def test_inputs_of_a_token_that_is_asked_for_twice(heads):
+    text = torch.tensor([[3, 1, 3], [1, 1, 0]])
+    for where in (None, text):
+        assert torch.equal(inputs(heads.model, [3, 1, 3], where),
+                           inputs(heads.model, [1, 3], where)[:, [1, 0, 1]])
+
+
+@pytest.mark.parametrize("ids", [[-1], [99], [], [0.5], [True], [[1]], None, "a", [None],
+                                 torch.tensor([0.5]), torch.tensor([True])], ids=str)
+def test_inputs_that_are_no_token_numbers(heads, ids):
+    for text in (None, torch.tensor([[3, 1]])):
+        with pytest.raises(ValueError, match="ids"): inputs(heads.model, ids, text)
+
+
+@pytest.mark.parametrize("bad", [0, -1, True, 1.5, "1", 2**63])
+def test_bad_counts_are_named(heads, tokens, bad):
+    model, ids = heads.model, tokens.encode(TEXT)[:16].reshape(2, 8)
+    options = dict(probes=2, progress=False)
+    with pytest.raises(ValueError, match="batch_size="): inputs(model, [1], ids, bad)
+    with pytest.raises(ValueError, match="batch_size="):
+        ValueHeads(model, tokens, ids, **options | {"batch_size": bad})
+    with pytest.raises(ValueError, match="probes="):
+        ValueHeads(model, tokens, ids, **options | {"probes": bad})
+    with pytest.raises(ValueError, match="k="): agreement(heads, bad)
+    with pytest.raises(ValueError, match="k="): heads.directions(bad)
+
+
+@pytest.mark.parametrize("limit", [0, -1, np.nan, np.inf, "3", True, None])
+def test_a_bad_limit_of_colours_is_named(heads, limit):
+    with pytest.raises(ValueError, match="limit="):
+        colour("the cat", heads.direction(0, 0), limit=limit)
+    with pytest.raises(IndexError, match="index=True"): heads.direction(0, 0, True)
+
+
 def test_whole_words():
     line = "A cat didn't see the Cat, 3 cats' unbelievable tales. The cat! " * 3
     tokens = Tokens(line, re.compile(r" didn| unbe|lievable| ?\w+|\s|[^\w\s]").findall, label="pieces")
@@ -166,6 +200,17 @@ def test_a_planted_theme_is_found_and_the_score_is_the_mean_cosine():
     with pytest.raises(ValueError, match="two or more"): thematic([["w1"]], e, counts)
     with pytest.raises(ValueError, match="two or more"): thematic([["w1", "w1"]], e, counts)
     with pytest.raises(ValueError, match="two or more"): thematic([], e, counts)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
+def test_words_without_a_direction_are_named(value):
+    _, e, counts = made()
+    e.loc[["w7", "w9"]] = value
+    with pytest.raises(ValueError, match="embedding: 2 words.*'w7', 'w9'"):
+        thematic([["w7", "w9"]], e, counts)
+    e[:] = 0.3                                        # the mean is not exactly 0.3
+    with pytest.raises(ValueError, match="400 words have the mean"):
+        thematic([["w7", "w9"]], e, counts)
 
 
 def test_word_vectors():

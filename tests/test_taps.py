@@ -1379,3 +1379,99 @@ def test_processes_agree_on_what_was_found(two_processes):
         assert float(share) == table.attrs["coverage"] and len(some) == len(sites)
         for a, b in zip(some, sites):
             assert same(a, b.agop())
+
+
+def shadowed(layer, calls):
+    "The layer with a forward of its own on the instance, as accelerate sets it."
+    old = layer.forward
+
+    def forward(*args, **kwargs):
+        calls.append(len(args))
+        return old(*args, **kwargs)
+
+    layer.forward = forward
+    return layer
+
+
+@pytest.mark.parametrize("make", [
+    lambda: nn.LSTM(3, 4, batch_first=True), lambda: nn.GRU(3, 4, batch_first=True),
+    lambda: nn.MultiheadAttention(4, 2, batch_first=True), lambda: nn.GRUCell(3, 4)])
+def test_a_layer_with_its_own_forward_is_refused_and_keeps_it(make):
+    layer = shadowed(make(), [])
+    kept, model = layer.forward, nn.Sequential(nn.Linear(3, 3), layer).double().eval()
+    with pytest.raises(ValueError, match="site '1'.*forward of its own.*del module.forward"):
+        nfa(model, normal(2, 5, 3), **FEW)
+    assert vars(layer)["forward"] is kept
+
+
+def test_what_replaces_a_forward_puts_the_old_one_back():
+    calls = []
+    layer = shadowed(nn.Linear(3, 3), calls)
+    kept = layer.forward
+    with watching(nn.Sequential(layer)) as watch:
+        watch.replace(layer, layer.forward, wraps=True)
+        assert layer.forward is not kept
+    assert layer.forward is kept and not calls
+
+
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2).double()
+
+    def forward(self, x):
+        return self.layer(x.mul_(2).add_(1))
+
+
+def test_a_model_that_changes_its_input_changes_no_data():
+    model, x = InPlace().eval(), normal(6, 3)
+    model.layer = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    before = x.clone()
+    table, sites = nfa(model, x, matrices=True, **FEW)
+    assert torch.equal(x, before)
+    _, wanted = nfa(model.layer, 2 * x + 1, matrices=True, **FEW)
+    for site, want in zip(sites, wanted):
+        torch.testing.assert_close(site.agop(), want.agop())
+
+
+class Some(nn.Module):
+    "Three matrices, of which two are used."
+
+    def __init__(self, used):
+        super().__init__()
+        self.w, self.used = nn.ParameterList([torch.randn(4, 4) for _ in range(3)]), used
+
+    def forward(self, x):
+        for i in self.used:
+            x = (x @ self.w[i]).tanh()
+        return x
+
+
+def test_initial_is_matched_by_name():
+    model, first = Some([0, 1]), Some([1, 2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        table = nfa(model, torch.randn(5, 4), initial=first, **FEW).set_index("site")
+    assert table.index.tolist() == ["w.0", "w.1"]
+    assert np.isnan(table.pearson_weights["w.0"])
+    A, B = (m.w[1].detach().double() for m in (model, first))
+    want = np.corrcoef((A @ A.T).flatten(), (B @ B.T).flatten())[0, 1]
+    assert table.pearson_weights["w.1"] == pytest.approx(want, abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e-19, 1e19, 1e30])
+def test_gradients_of_any_size_in_float32(size):
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), torch.randn(9, 4)
+    want, wanted = nfa(model, x, matrices=True, **FEW)
+    table, sites = nfa(model, x, matrices=True, output=lambda y, b: y * size, **FEW)
+    assert table.reached.all()
+    np.testing.assert_allclose(table.pearson, want.pearson, atol=1e-5)
+    for site, w in zip(sites, wanted):
+        torch.testing.assert_close(site.moments / size**2, w.moments, rtol=1e-4, atol=0)
+
+
+def test_large_gradients_in_half_precision():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    half, x = nn.Sequential(model[0], model[1], model[2]).half(), torch.randn(9, 4)
+    table = nfa(half, x, output=lambda y, b: y * 300, **FEW)
+    np.testing.assert_allclose(table.pearson, nfa(model.float(), x, **FEW).pearson, atol=5e-3)

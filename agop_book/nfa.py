@@ -8,6 +8,7 @@ __all__ = ['ROOM', 'HALF', 'ONE_SAMPLE', 'NO_SITES', 'NO_PATH', 'NUMBERS', 'Site
 # %% ../nbs/05_nfa.ipynb #2c62926a
 import math
 import numbers
+import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -22,8 +23,8 @@ from sklearn.utils import check_random_state
 from torch import nn
 from tqdm import tqdm
 
-from .agop import _chance, _check_mode, _distributed, _refuse_chance, _sum, all_or_none
-from .arrays import as_tensor, is_number, as_real
+from .agop import _chance, _check_mode, _distributed, _refuse_chance, _steady, _sum, all_or_none
+from .arrays import as_real, as_tensor, is_count, is_number
 from .kernels import blocks
 from .taps import LEFT_OUT, TooLarge, coverage, plan_sums, watching
 
@@ -84,6 +85,9 @@ def _outputs(y, batch, output):
         if y is None: raise ValueError("output='loss' needs a model that returns a loss (with labels in the batch); else pass output=lambda y, batch: loss.")
     else:
         y = _tensor(y)
+        if output is not None and y.ndim < 2:
+            raise ValueError(f"output={output} is a class on the last axis, but the model's output "
+                             f"has shape {tuple(y.shape)}; pass output=None.")
         if output is not None and not -y.shape[-1] <= output < y.shape[-1]: raise ValueError(f"output={output}, but the model has {y.shape[-1]} outputs (last axis of {tuple(y.shape)}).")
         if output is not None: y = y[..., output]
     if not isinstance(y, torch.Tensor) or not y.is_floating_point(): raise TypeError(f"output must give a floating tensor, got {getattr(y, 'dtype', type(y).__name__)}.")
@@ -116,9 +120,10 @@ class _Shared(Exception):
 
 class _Sweep:
     "Pulls the outputs of a model back to the taps of its watch, batch after batch."
-    def __init__(self, model, watch, output, probes, generator, device):
+    def __init__(self, model, watch, output, probes, generator, device, steady):
         self.model, self.watch, self.output = model, watch, output
         self.probes, self.generator, self.device = probes, generator, device
+        self.steady = steady                            # raises if the model changes its buffers
         self.counts = [0.0] * (2 if probes else 1)      # samples (x probes) in each group
         self.single = False                             # one sample at a time
         self.taps = None                                # marked in the last forward pass
@@ -175,8 +180,10 @@ class _Sweep:
         with torch.inference_mode(False), torch.enable_grad():
             with watch.listening(batch): y = _call(self.model, batch, self.output)
             y = _outputs(y, batch, self.output)
+        if self.taps is None: self.steady()
         if before is not None and _chance() != before: _refuse_chance(self.model, outputs, y)
         if not watch.taps: raise ValueError(f"model {type(self.model).__name__} {NO_SITES}")
+        if all(tap.why == LEFT_OUT for tap in watch.taps): raise ValueError(_no_match(watch))
         if not y.requires_grad: raise ValueError(NO_PATH + _reasons(watch))
         if not torch.isfinite(y).all(): raise ValueError(_blame(self.model, batch))
         watch.check_codes()
@@ -227,6 +234,13 @@ def _reasons(watch):
     "What the taps say about it."
     told = [f"{tap.name!r} {tap.why}" for tap in watch.taps if tap.why]
     return f" Site {told[0]}." if told else ""
+
+
+def _no_match(watch):
+    "What could have been asked for."
+    names = [tap.name for tap in watch.taps]
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return f"only={watch.only!r} matches no site; there are {', '.join(names[:6])}{more}."
 
 
 def _memory_ended(e):
@@ -389,9 +403,9 @@ def _collect(model, data, output, probes, seed, batch_size, progress, reduce, on
     generator = None if probes is None else torch.Generator().manual_seed(seed + rank)
     _check_mode(model)
     quiet = dict(disable=not progress, leave=False, delay=2)
-    with watching(model, only) as watch:
+    with _steady(model) as steady, watching(model, only) as watch:
         weight = _first_weight(model, watch)
-        sweep = _Sweep(model, watch, output, probes, generator, weight.device)
+        sweep = _Sweep(model, watch, output, probes, generator, weight.device, steady)
         sweep.open()
         for batch in tqdm(_batches(data, batch_size, weight), desc="nfa: batches", **quiet):
             with tqdm(desc="nfa: outputs", **quiet) as bar: sweep.run(batch, bar)
@@ -436,13 +450,13 @@ def _add_processes(sweep, watch):
 def nfa(model: nn.Module,          # in eval mode; samples must not influence each other
         data,                      # tensor, array or dict of them (samples first), or a loader of such batches; of a tuple the first element goes to the model
         *,
-        output=None,               # what is differentiated: None: all outputs (`logits` or `last_hidden_state` of a dict); int: one class (last axis); "loss"; f(model's output, batch) -> (samples, ...) or scalar
+        output=None,               # what is differentiated: None: all outputs (`logits` or `last_hidden_state` of a dict); int: one class (last axis); "loss"; f(model's output, batch) -> (samples, ...) or scalar, which is taken for a mean over the samples of the batch
         initial: nn.Module | None = None,  # the same network before training, for the controls
         probes: int | None = None, # None: every output; k: k random combinations of the outputs for each batch, with an estimated error
         random_state=None,         # seed of probes and rotations
         batch_size: int | None = None,     # samples at a time (data that is not a loader); default 32
         matrices: bool = False,    # also return the `Site` of each row
-        rotations: int = 2,        # of the deltas, for `pearson_forced`
+        rotations: int = 2,        # of the deltas, for `pearson_forced`; at most 1000
         progress: bool = True,
         reduce: bool = True,       # where torch.distributed runs: sum over its processes, each with its share of the data
         only: str | None = None    # regular expression: leave the sites alone whose names it does not match
@@ -456,10 +470,8 @@ def nfa(model: nn.Module,          # in eval mode; samples must not influence ea
     gradient path, with codes instead of weights, for values that are not finite, empty data, and data on another device; MemoryError before the work if the sums do not fit."""
     for name, m in (("model", model), ("initial", initial)):
         if not (isinstance(m, nn.Module) or name == "initial" and m is None): raise TypeError(f"{name} must be a torch module, got {type(m).__name__}.")
-    if probes is not None and (not isinstance(probes, numbers.Integral) or probes < 2): raise ValueError(f"probes must be an integer of at least 2 (the error comes from comparing two halves), or None for all outputs; got {probes!r}.")
-    if not (output is None or output == "loss" or callable(output) or isinstance(output, numbers.Integral)): raise ValueError(f"output={output!r}; choose None, a class number, 'loss' or a function of (model output, batch).")
-    if batch_size is not None and not (is_number(batch_size, numbers.Integral) and batch_size > 0):
-        raise ValueError(f"batch_size must be a whole number of at least 1, or None; got {batch_size!r}.")
+    _check_counts(probes, batch_size, rotations)
+    _check_choices(output, only)
     if initial is not None and hasattr(data, "__next__"): data = list(data)          # it is walked through twice
     seed = check_random_state(random_state).randint(2**31 - 1)
     settings = (data, output, probes, seed, batch_size, progress, reduce, only)
@@ -476,6 +488,31 @@ def nfa(model: nn.Module,          # in eval mode; samples must not influence ea
     table.attrs["coverage"] = covered.share
     _say_left(covered)
     return (table, sites) if matrices else table
+
+
+def _check_counts(probes, batch_size, rotations):
+    "ValueError for numbers that `nfa` cannot count to."
+    if not (probes is None or is_count(probes, 2) and probes <= 10**6):
+        raise ValueError("probes must be an integer of at least 2 (the error comes from comparing "
+                         f"two halves) and at most 10**6, or None for all outputs; got {probes!r}.")
+    if not (batch_size is None or is_count(batch_size)):
+        raise ValueError("batch_size must be a whole number of at least 1 and below 2**31, or None; "
+                         f"got {batch_size!r}.")
+    if not (is_count(rotations, 0) and rotations <= 1000):
+        raise ValueError(f"rotations must be an integer from 0 to 1000, got {rotations!r}.")
+
+
+def _check_choices(output, only):
+    "ValueError for an `output` or an expression that is none."
+    known = output is None or callable(output) or isinstance(output, str) and output == "loss"
+    if not (known or is_number(output, numbers.Integral)):
+        raise ValueError(f"output={output!r}; choose None, a class number, 'loss' or a function of "
+                         "(model output, batch).")
+    if only is None: return
+    try: re.compile(only if isinstance(only, str) else None)
+    except (TypeError, re.error) as e:
+        raise ValueError(f"only={only!r} is no regular expression of site names ({e}); pass a string "
+                         "as in only='attn|mlp', or None.") from None
 
 
 def _match(sites, firsts):

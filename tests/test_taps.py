@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 import agop_book.memory
@@ -1475,3 +1475,75 @@ def test_large_gradients_in_half_precision():
     half, x = nn.Sequential(model[0], model[1], model[2]).half(), torch.randn(9, 4)
     table = nfa(half, x, output=lambda y, b: y * 300, **FEW)
     np.testing.assert_allclose(table.pearson, nfa(model.float(), x, **FEW).pearson, atol=5e-3)
+
+
+class Mean(nn.Module):
+    "Keeps a moving average while it trains, in place or by another tensor."
+
+    def __init__(self, inplace):
+        super().__init__()
+        self.register_buffer("mu", torch.zeros(3))
+        self.inplace = inplace
+
+    def forward(self, x):
+        if self.training and self.inplace:
+            self.mu.mul_(0.9).add_(x.detach().mean(0))
+        elif self.training:
+            self.mu = 0.9 * self.mu + x.detach().mean(0)
+        return x - self.mu
+
+
+def spectral():
+    "Its vectors are those of other numbers, so that they move at the next call."
+    layer = parametrizations.spectral_norm(nn.Linear(3, 3))
+    with torch.no_grad():
+        layer.parametrizations.weight.original.normal_()
+    return layer
+
+
+@pytest.mark.parametrize("make, x", [
+    (lambda: Mean(True), torch.ones(4, 3)), (lambda: Mean(False), torch.ones(4, 3)),
+    (spectral, torch.ones(4, 3)),
+    (lambda: nn.InstanceNorm1d(2, track_running_stats=True), torch.rand(4, 2, 3))])
+def test_training_mode_with_state_is_refused_and_restored(make, x):
+    model = nn.Sequential(make(), nn.Linear(3, 2)).train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    for measure in (lambda: nfa(model, x, **FEW), lambda: agop(model, x)):
+        with pytest.raises(ValueError, match=r"training mode.*\.eval\(\)"):
+            measure()
+        for k, v in model.state_dict().items():
+            assert torch.equal(v, before[k]), k
+    assert len(nfa(model.eval(), x, **FEW))
+
+
+@pytest.mark.parametrize("name, values", {
+    "output": (True, "losses", 1.5), "rotations": (-1, 2.5, None, "2", 2**63, True),
+    "probes": (1, True, 2**40, "4"), "only": ("(", 3, b"0"),
+    "batch_size": (True, 0, 2**63)}.items())
+def test_arguments_are_checked_before_the_work(name, values):
+    model = nn.Sequential(nn.Linear(3, 2))
+    model.register_forward_hook(lambda *_: pytest.fail("the model ran"))
+    for value in values:
+        with pytest.raises(ValueError, match=name):
+            nfa(model, torch.ones(4, 3), **{**FEW, name: value})
+
+
+def test_only_that_matches_nothing_names_the_sites():
+    with pytest.raises(ValueError, match="only='zzz' matches no site; there are 0, 1"):
+        nfa(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)), torch.ones(4, 3), only="zzz", **FEW)
+
+
+@pytest.mark.parametrize("reduce", [torch.mean, lambda y: y[:, 0]])
+def test_a_class_of_an_output_without_classes(reduce):
+    layer = nn.Linear(3, 2)
+
+    class Reduced(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return reduce(self.layer(x))
+
+    with pytest.raises(ValueError, match="output=0 is a class on the last axis"):
+        nfa(Reduced(), torch.ones(4, 3), output=0, **FEW)

@@ -12,7 +12,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import matplotlib.pyplot as plt
@@ -35,8 +35,13 @@ ROOM = 2**26  # bytes of marked activations that the copies of a batch may take;
 def _each(batch, f):
     "`f` over the tensors of a batch: a tensor, a dict, or a tuple of them."
     if isinstance(batch, Mapping): return {k: _each(v, f) for k, v in batch.items()}
-    if isinstance(batch, (tuple, list)): return tuple(_each(v, f) for v in batch)
+    if isinstance(batch, (tuple, list)): return _like_tuple(batch, (_each(v, f) for v in batch))
     return f(batch) if isinstance(batch, torch.Tensor) else batch
+
+
+def _like_tuple(batch, items):
+    "A tuple of the same type, if its fields have names."
+    return type(batch)(*items) if hasattr(batch, "_fields") else tuple(items)
 
 
 def _first(batch):
@@ -294,6 +299,13 @@ class Site:
     def reached(self) -> bool: return bool(self.moments.any())
 
 # %% ../nbs/05_nfa.ipynb #3e864345
+def _near_one(t):
+    "A tensor times a power of two: no correlation depends on it, and no product leaves float64."
+    exponent = torch.frexp(t.abs().max())[1]
+    half = -torch.div(exponent, 2, rounding_mode="floor").to(t)
+    return t * torch.exp2(half) * torch.exp2(half)
+
+
 def _frame(site):
     "Singular values s `(r,)`, V^T 1 `(r,)`, and the function that takes moments to K `(r, r)`."
     g, rows, columns = site.weight.shape
@@ -329,6 +341,8 @@ def _rotation(r, generator, like):
 # %% ../nbs/05_nfa.ipynb #7a37efde
 def _compare(site, first, rotations, generator):
     "The numbers of one row: this site, and the same site of the initial network."
+    site = replace(site, weight=_near_one(site.weight), moments=_near_one(site.moments))
+    if first is not None: first = replace(first, weight=_near_one(first.weight))
     (s, ones, reduce), n, row = _frame(site), (site.weight.shape[0] * site.weight.shape[2])**2, {}
     if site.reached:
         K = reduce(site.moments.mean(0))
@@ -379,14 +393,22 @@ def _from_frame(data, weight):
 def _tensors(batch, weight):
     "Arrays and frames in a batch as tensors."
     if isinstance(batch, Mapping): return {k: _tensors(v, weight) for k, v in batch.items()}
-    if isinstance(batch, (tuple, list)): return tuple(_tensors(v, weight) for v in batch)
+    if isinstance(batch, (tuple, list)):
+        return _like_tuple(batch, (_tensors(v, weight) for v in batch))
     batch = _from_frame(batch, weight)
     if not isinstance(batch, np.ndarray): return batch
-    return torch.as_tensor(as_real(batch, "data"), device=weight.device)
+    batch = as_real(batch, "data")
+    whole = batch.dtype.kind in "biu"                   # token ids stay whole numbers
+    if whole: t = torch.from_numpy(np.array(batch, dtype=batch.dtype.newbyteorder("="), order="C"))
+    else: t = as_tensor(batch, "data", ndim=None, finite=False)
+    return t.to(weight.device)
 
 
 def _ready(t, weight):
     "A tensor as the model wants it."
+    if t.layout != torch.strided or t.is_quantized: as_real(t, "data")     # says what is wrong
+    if t.is_meta:
+        raise ValueError("data is on the meta device and has no values; pass a tensor with values.")
     if t.is_complex():
         raise TypeError(f"data holds complex numbers ({t.dtype}); turn them into real ones first.")
     if t.device != weight.device:
@@ -407,11 +429,20 @@ def _collect(model, data, output, probes, seed, batch_size, progress, reduce, on
         weight = _first_weight(model, watch)
         sweep = _Sweep(model, watch, output, probes, generator, weight.device, steady)
         sweep.open()
+        _check_values(model)
         for batch in tqdm(_batches(data, batch_size, weight), desc="nfa: batches", **quiet):
             with tqdm(desc="nfa: outputs", **quiet) as bar: sweep.run(batch, bar)
         if together: _add_processes(sweep, watch)
         if not sum(sweep.counts): raise ValueError("data is empty: no batch came out of it.")
         return _sites(watch, sweep.counts), coverage(watch)
+
+
+def _check_values(model):
+    "ValueError for a network that is only planned."
+    for name, p in model.named_parameters():
+        if p.is_meta:
+            raise ValueError(f"parameter {name!r} is on the meta device and has no values; load the "
+                             "model's weights first.")
 
 
 def _first_weight(model, watch):
@@ -425,6 +456,10 @@ def _first_weight(model, watch):
 def _sites(watch, counts):
     "The sites of all taps, in the order of the network."
     taps = [tap for tap in watch.taps if tap.sums is not None]
+    empty = [tap.name for tap in taps if not tap.weight(0).numel()]
+    if empty: warnings.warn(f"weights without entries are left out: {', '.join(empty)}.")
+    taps = [tap for tap in taps if tap.weight(0).numel()]
+    if not taps: raise ValueError(f"model {type(watch.model).__name__} {NO_SITES}")
     bad = [tap.name for tap in taps if not all(torch.isfinite(s).all() for s in tap.sums)]
     if bad:
         raise ValueError(f"the gradient at site {bad[-1]!r} is not finite; look behind it for 0/0, "

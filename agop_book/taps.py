@@ -203,6 +203,11 @@ class Watch(TorchFunctionMode):
     def _act(self, func, args, kwargs, act, made, shared):
         "Compute the call, with its input or its output marked."
         tap, expert = self._tap(act, made)
+        if act.x.is_complex() or act.weight.is_complex():
+            if tap.why == LEFT_OUT: return func(*args, **kwargs)
+            raise TypeError(f"site {tap.name!r} multiplies complex numbers ({act.weight.dtype} by "
+                            f"{act.x.dtype}); only real weights are compared: leave it out with "
+                            "only='a regular expression of other sites'.")
         if not act.x.is_floating_point():
             raise TypeError(f"site {tap.name!r} got whole numbers ({act.x.dtype}); "
                             "pass floating data, as in data.float().")
@@ -514,6 +519,8 @@ def _why(watch, name, got):
     if stack is not None:
         hit = sum(any(s[:, e].any() for s in stack.sums) for e in range(stack.experts))
         return f"gradients reach {hit} of {stack.experts} experts"
+    owner = watch.modules.get(name.rpartition(".")[0])
+    if isinstance(owner, torch.jit.ScriptModule): return "runs inside TorchScript"
     if any(tap.used for tap in taps): return f"no gradient at {'all of ' if got else ''}it"
     met = sorted(watch.origins.met.get(name, set()) - TABLES)
     return f"used by {', '.join(met)}, which is not read" if met else "not used"
@@ -544,10 +551,14 @@ def watching(model,         # nn.Module
 
 
 def _check_parameters(model):
-    "ValueError for parameters through which no gradient can be computed."
+    "ValueError for parameters through which no gradient can be computed, or that nobody sees act."
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(f"model is TorchScript ({type(model).__name__}), inside which no weight can "
+                         "be watched; pass the Python module that it was made from.")
     for name, p in model.named_parameters():
         if isinstance(p, nn.parameter.UninitializedParameter):
             raise ValueError(f"parameter {name!r} has no values yet; run the model once first.")
+
         if p.is_inference():
             raise ValueError(f"parameter {name!r} was made under torch.inference_mode; "
                              "copy the model outside of it.")

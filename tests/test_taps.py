@@ -5,6 +5,7 @@ Each site against the gradient at the input of its weight, sample by sample, in 
 import importlib.util
 import threading
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -1547,3 +1548,105 @@ def test_a_class_of_an_output_without_classes(reduce):
 
     with pytest.raises(ValueError, match="output=0 is a class on the last axis"):
         nfa(Reduced(), torch.ones(4, 3), output=0, **FEW)
+
+
+def small():
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double().eval()
+
+
+@pytest.mark.parametrize("turn", [
+    lambda a: a[::-1][::-1], lambda a: a.astype(">f8"), lambda a: a.astype(object),
+    lambda a: a.astype(str), lambda a: a.astype(np.longdouble), lambda a: np.asfortranarray(a)])
+def test_arrays_of_any_layout_are_data(turn):
+    model, x = small(), normal(5, 4).numpy()
+    np.testing.assert_array_equal(nfa(model, turn(x), **FEW).pearson, nfa(model, x, **FEW).pearson)
+
+
+@pytest.mark.parametrize("data, error", [
+    (np.array([["a"] * 4]), TypeError), (np.zeros(3, dtype=[("a", "f8")]), TypeError),
+    (torch.eye(4).to_sparse(), TypeError), (torch.ones(3, 4, device="meta"), ValueError)])
+def test_what_is_no_data_is_named(data, error):
+    with pytest.raises(error, match="data"):
+        nfa(small(), data, **FEW)
+
+
+def test_a_network_without_values_is_refused():
+    with pytest.raises(ValueError, match="'0.weight' is on the meta device"):
+        nfa(small().to("meta"), normal(5, 4), **FEW)
+
+
+def test_big_endian_ids_stay_whole_numbers():
+    model, ids = nn.Sequential(nn.Embedding(5, 4), small()).double(), np.array([[0, 3], [4, 1]], dtype=">i8")
+    want = nfa(model, torch.from_numpy(ids.astype("<i8")), **FEW)
+    np.testing.assert_array_equal(nfa(model, ids, **FEW).pearson, want.pearson)
+
+
+class Example(NamedTuple):
+    x: object
+    y: object
+
+
+def test_a_named_tuple_keeps_its_fields():
+    x, y = normal(5, 4), normal(5, 1)
+    table = nfa(small(), [Example(x, y)], output=lambda out, b: out * b.y, **FEW)
+    assert type(table) is pd.DataFrame and table.reached.all()
+
+
+def test_a_reversed_array_is_read_in_its_order():
+    model, x = small(), normal(5, 4).numpy()
+    _, sites = nfa(model, [x[::-1]], matrices=True, output=lambda y, b: y * b[:, :1], **FEW)
+    _, wanted = nfa(model, [x[::-1].copy()], matrices=True, output=lambda y, b: y * b[:, :1], **FEW)
+    for site, want in zip(sites, wanted):
+        torch.testing.assert_close(site.moments, want.moments, rtol=1e-12, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_weights_without_entries_are_left_out():
+    class Beside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.none, self.some = nn.Linear(4, 0), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return torch.cat([self.none(x), self.some(x)], 1)
+
+    with pytest.warns(UserWarning, match="weights without entries are left out: none"):
+        table = nfa(Beside(), torch.ones(2, 4), **FEW)
+    assert table.site.tolist() == ["some"]
+    with pytest.raises(ValueError, match="has no linear"):
+        nfa(nn.Sequential(nn.Linear(4, 0), nn.Linear(0, 3)), torch.ones(2, 4), **FEW)
+
+
+def test_complex_weights_are_called_complex():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c, self.o = nn.Linear(4, 6, dtype=torch.complex128), nn.Linear(6, 3).double()
+
+        def forward(self, x):
+            return self.o(self.c(x.to(torch.complex128)).real)
+
+    with pytest.raises(TypeError, match="site 'c' multiplies complex numbers"):
+        nfa(Both(), normal(5, 4), **FEW)
+    assert nfa(Both(), normal(5, 4), only="o", **FEW).site.tolist() == ["o"]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_torchscript_is_named():
+    model, x = small(), normal(5, 4)
+    with pytest.raises(ValueError, match="TorchScript"):
+        nfa(torch.jit.trace(model, x), x, **FEW)
+    part = nn.Sequential(torch.jit.trace(model[:2], x), model[2])
+    with pytest.warns(UserWarning, match="runs inside TorchScript"):
+        assert nfa(part, x, **FEW).site.tolist() == ["1"]
+
+
+@pytest.mark.parametrize("size", [1e-90, 1e-60, 1e80])
+def test_weights_of_any_size_in_float64(size):
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)).double(), normal(5, 4)
+    model[1].weight.data.div_(model[1].weight.abs().max())
+    want = nfa(model, x, initial=model, **FEW)
+    model[0].weight.data.mul_(size)
+    table = nfa(model, x, initial=model, **FEW)
+    for column in ("pearson", "cosine", "pearson_weights"):
+        np.testing.assert_allclose(table[column], want[column], atol=1e-7)

@@ -76,7 +76,7 @@ def _call(model, batch, output):
 
 
 def _run(model, batch):
-    "What the model makes of a batch: of copies of it, since some models change their input in place."
+    "What the model makes of copies of a batch: some models change their input in place."
     given = _each(batch, torch.clone)
     if isinstance(given, Mapping): return model(**given)
     return model(given[0] if isinstance(given, tuple) else given)
@@ -211,7 +211,8 @@ class _Sweep:
         try: one, other = (self._middle(_rows(batch, r)) for r in ([0, last, 0], [last] * 3))
         except Exception: return         # no three samples fit this model or `output`: nobody knows
         change, size = float((one - other).abs().max()), float(one.abs().max())
-        self.mixing = change > size * (1e-3 if one.dtype in (torch.float32, torch.float64) else 1e-2)
+        exact = one.dtype in (torch.float32, torch.float64)
+        self.mixing = change > size * (1e-3 if exact else 1e-2)
         if self.mixing: raise ValueError(MIXED.format(change, size))
 
     def _middle(self, batch):
@@ -244,10 +245,10 @@ class _Sweep:
         for tap, part in parts: tap.add(part, self._group, half**-2)
 
 
-MIXED = ("samples influence each other: the outputs of one (at most {1:.3g}) change by {0:.3g} with "
-         "its neighbours in the batch. The first axis must be the samples throughout the model "
-         "(batch_first=True in attention and recurrent layers), and nothing may be averaged over it.")
-HALF = (2.0**10, 1.0, 2.0**-10)  # seeds in float16: small gradients would vanish, large ones overflow
+MIXED = ("samples influence each other: the outputs of one (at most {1:.3g}) change by {0:.3g} "
+         "with its neighbours in the batch. The first axis must be the samples throughout the model "
+         "(batch_first=True in attention and recurrent layers); nothing may be averaged over it.")
+HALF = (2.0**10, 1.0, 2.0**-10)    # seeds in float16: small gradients vanish, large ones overflow
 ONE_SAMPLE = ("a single sample does not fit in memory; shorten it, or move the model to a device "
               "with more.")
 NO_SITES = "has no linear, convolutional, attention or recurrent weight to compare."
@@ -461,8 +462,8 @@ def _check_values(model):
     "ValueError for a network that is only planned."
     for name, p in model.named_parameters():
         if p.is_meta:
-            raise ValueError(f"parameter {name!r} is on the meta device and has no values; load the "
-                             "model's weights first.")
+            raise ValueError(f"parameter {name!r} is on the meta device and has no values; load "
+                             "the model's weights first.")
 
 
 def _first_weight(model, watch):
@@ -521,7 +522,7 @@ def nfa(model: nn.Module,          # in eval mode; samples must not influence ea
     Columns: site, kind, head, d_in, d_out; pearson, cosine between NFM and AGOP^(1/2); the same in the initial network (`_init`); `pearson_weights` between the NFM and the initial NFM;
     `pearson_forced` with the deltas rotated at random (what W alone forces); `error` of pearson with probes; `reached`: False where nothing flows back. With `matrices`, (table, list of `Site`).
     `table.attrs["coverage"]` is the share of the entries of all weight matrices (parameters with two axes or more; look-up tables apart) that are compared; a warning names the others.
-    One forward and one pull-back per output (or probe) whatever the number of weights. Raises ValueError or TypeError naming argument or site for networks in training mode, without weights or
+    One forward and one pull-back per output (or probe) whatever the number of weights. Raises ValueError or TypeError naming argument or site for networks in training mode, whose samples influence each other, without weights or
     gradient path, with codes instead of weights, for values that are not finite, empty data, and data on another device; MemoryError before the work if the sums do not fit."""
     for name, m in (("model", model), ("initial", initial)):
         if not (isinstance(m, nn.Module) or name == "initial" and m is None): raise TypeError(f"{name} must be a torch module, got {type(m).__name__}.")
@@ -551,8 +552,8 @@ def _check_counts(probes, batch_size, rotations):
         raise ValueError("probes must be an integer of at least 2 (the error comes from comparing "
                          f"two halves) and at most 10**6, or None for all outputs; got {probes!r}.")
     if not (batch_size is None or is_count(batch_size)):
-        raise ValueError("batch_size must be a whole number of at least 1 and below 2**31, or None; "
-                         f"got {batch_size!r}.")
+        raise ValueError("batch_size must be a whole number of at least 1 and below 2**31, or "
+                         f"None; got {batch_size!r}.")
     if not (is_count(rotations, 0) and rotations <= 1000):
         raise ValueError(f"rotations must be an integer from 0 to 1000, got {rotations!r}.")
 
@@ -566,8 +567,8 @@ def _check_choices(output, only):
     if only is None: return
     try: re.compile(only if isinstance(only, str) else None)
     except (TypeError, re.error) as e:
-        raise ValueError(f"only={only!r} is no regular expression of site names ({e}); pass a string "
-                         "as in only='attn|mlp', or None.") from None
+        raise ValueError(f"only={only!r} is no regular expression of site names ({e}); pass a "
+                         "string as in only='attn|mlp', or None.") from None
 
 
 def _match(sites, firsts):

@@ -553,8 +553,8 @@ def watching(model,         # nn.Module
 def _check_parameters(model):
     "ValueError for parameters through which no gradient can be computed, or that nobody sees act."
     if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError(f"model is TorchScript ({type(model).__name__}), inside which no weight can "
-                         "be watched; pass the Python module that it was made from.")
+        raise ValueError(f"model is TorchScript ({type(model).__name__}), inside which no weight "
+                         "can be watched; pass the Python module that it was made from.")
     for name, p in model.named_parameters():
         if isinstance(p, nn.parameter.UninitializedParameter):
             raise ValueError(f"parameter {name!r} has no values yet; run the model once first.")

@@ -1576,7 +1576,8 @@ def test_a_network_without_values_is_refused():
 
 
 def test_big_endian_ids_stay_whole_numbers():
-    model, ids = nn.Sequential(nn.Embedding(5, 4), small()).double(), np.array([[0, 3], [4, 1]], dtype=">i8")
+    model = nn.Sequential(nn.Embedding(5, 4), small()).double()
+    ids = np.array([[0, 3], [4, 1]], dtype=">i8")
     want = nfa(model, torch.from_numpy(ids.astype("<i8")), **FEW)
     np.testing.assert_array_equal(nfa(model, ids, **FEW).pearson, want.pearson)
 

@@ -45,6 +45,7 @@ def last_axis(g):
 def pixels(spatial):
     "Gradient `(samples, channels, ...)` with so many spatial axes -> rows."
     def rows(g):
+        if not g.numel(): return []
         g = g.movedim(-1 - spatial, -1)
         return [(0, 1, g.reshape(1, -1, g.shape[-1]))]
     return rows

@@ -263,7 +263,9 @@ import random
 def _outputs(f, x):
     "f(x) as `(b, c)`, or an error that says what is wrong with it."
     before = _chance()
-    y = f(x)
+    with _steady(f) as check:
+        y = f(x)
+        check()
     if _chance() != before: _refuse_chance(f, lambda: f(x), y)
     if not isinstance(y, torch.Tensor):
         raise TypeError(f"f returned {type(y).__name__}, not a tensor. Pick one tensor, as in lambda x: f(x).logits; for f made of numpy pass x as numpy (finite differences).")
@@ -283,6 +285,31 @@ def _check_mode(f):
         if batchnorm and (m.training or m.running_mean is None) or m.training and (dropout and m.p or getattr(m, "dropout", 0) and isinstance(m, (torch.nn.RNNBase, torch.nn.MultiheadAttention))):
             raise ValueError(f"f has {type(m).__name__} ({name or 'f itself'}) " + ("in training mode; call f.eval() first." if m.training else "without running statistics; samples depend on each other.")
                              + (" In training mode it mixes samples." if batchnorm else " In training mode it is another function at every call."))
+
+
+@contextmanager
+def _steady(f):
+    """A check that buffers of modules in training mode are as they were, else ValueError.
+
+    What has changed is put back at the end."""
+    owner = getattr(f, "__self__", f)
+    modules = owner.named_modules() if isinstance(owner, torch.nn.Module) else ()
+    kept = [(name, m, key, t, t.detach().clone()) for name, m in modules if m.training
+            for key, t in m._buffers.items() if t is not None and not t.is_meta]
+    def moved():
+        for name, m, key, t, old in kept:
+            same = m._buffers.get(key) is t and bool(((t == old) | (old != old)).all())
+            if not same: yield name, m, key, t, old
+    def check():
+        for name, m, key, *_ in moved():
+            raise ValueError(f"{type(m).__name__} ({name or 'f itself'}) is in training mode and "
+                             f"changes its buffer {key!r} at every call; call .eval() first. In "
+                             "training mode it is another function at every call.")
+    try: yield check
+    finally:
+        for _, m, key, t, old in moved():
+            m._buffers[key] = t
+            with torch.inference_mode(t.is_inference()), torch.no_grad(): t.copy_(old)
 
 
 def _chance():

@@ -83,7 +83,7 @@ def _mark_whole(module, tap, watch, spatial=0):
     "Mark the output of a layer, and listen to nothing inside."
     forward, rows = module.forward, pixels(spatial)
     def marked(*args, **kwargs): return watch.mark(tap, forward(*args, **kwargs), rows=rows)
-    watch.replace(module, marked)
+    watch.replace(module, marked, wraps=True)
 
 # %% ../nbs/99_layers.ipynb #fa70dd33
 def _plan_adapter(module, name, watch):

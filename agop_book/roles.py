@@ -154,11 +154,11 @@ def _compact(rows):
 
 # %% ../nbs/96_roles.ipynb #51c76c2f
 ROLES = [  # (end of the weight's name, kind, whether its rows are those of heads)
-    (r"(\.|^)(q|q_proj|query|q_lin|q_attn|to_q|query_proj|q_b_proj)$", "query", True),
-    (r"(\.|^)(k|k_proj|key|k_lin|to_k|key_proj)$", "key", True),
-    (r"(\.|^)(v|v_proj|value|v_lin|to_v|value_proj)$", "value", True),
+    (r"(\.|^)(q|q_proj|query|q_lin|q_attn|to_q|query_proj|q_b_proj|wq)$", "query", True),
+    (r"(\.|^)(k|k_proj|key|k_lin|to_k|key_proj|wk)$", "key", True),
+    (r"(\.|^)(v|v_proj|value|v_lin|to_v|value_proj|wv)$", "value", True),
     (r"(\.|^)(o_proj|out_proj|out_lin|to_out)$", "attention-out", False),
-    (r"(attn|attention|Attention)\w*\.(output\.dense|c_proj|o|dense|proj)$",
+    (r"(attn|attention|Attention)\w*\.(output\.dense|c_proj|o|wo|dense|proj)$",
      "attention-out", False),
     (r"\.(c_fc|fc1|lin1|linear1|fc_in|intermediate\.dense|dense_h_to_4h|wi(_\d)?|mlp\.0"
      r"|up_proj|gate_proj|gate_up_proj)$", "mlp-in", False),
@@ -167,7 +167,8 @@ ROLES = [  # (end of the weight's name, kind, whether its rows are those of head
 ]
 _KEYS = r"(k|key)(_\w+)?|to_k|\w*kv\w*|c_attn|query_key_value|att_proj|W_pack"
 _OTHERS = r"(q|v|query|value)(_\w+)?|to_[qv]"
-_COMPANY = {"q": _KEYS, "query": _KEYS, "v": _KEYS, "value": _KEYS, "k": _OTHERS, "key": _OTHERS,
+_QUERIES = r"(q|query|queries)(_\w+)?|(to_)?qk?"
+_COMPANY = {"q": _KEYS, "query": _KEYS, **dict.fromkeys(("k", "key", "v", "value"), _QUERIES),
             **dict.fromkeys(("o_proj", "out_proj", "out_lin", "to_out"), f"{_KEYS}|{_OTHERS}")}
 
 
@@ -176,7 +177,8 @@ def _alone(name, parent):
     path, _, leaf = name.rpartition(".")
     children = [n for n, _ in parent.named_children()] if isinstance(parent, nn.Module) else []
     if leaf not in _COMPANY or leaf not in children: return False
-    if any(re.fullmatch(_COMPANY[leaf], n) for n in children if n != leaf): return False
+    others = {*children, *(n for n, _ in parent.named_parameters(recurse=False))} - {leaf}
+    if any(re.fullmatch(_COMPANY[leaf], n) for n in others): return False
     said = re.search("attn|attention", f"{path}.{type(parent).__name__}", re.IGNORECASE)
     return not said and not ("in_proj" in children and _like_torch(parent))
 

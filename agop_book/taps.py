@@ -83,13 +83,15 @@ class Tap:
         self.sums = [torch.zeros(s, dtype=torch.float64, device=device) for s in shapes]
 
     def outer(self, grads):
-        "Outer products at all uses: [(run, first expert, end, `(experts, blocks, d, d)`), ...]."
+        """Outer products at all uses: [(run, first expert, end, product, factor), ...].
+
+        The product is `(experts, blocks, d, d)`, to be multiplied by a factor in float64."""
         seen = {}
         for (_, rows), g in zip(self.uses, grads):
             if g is None: continue
             for first, end, z in rows(g if g.dtype == torch.float64 else g.float()):
                 seen.setdefault((first, end), []).append(z)
-        return [(run, *at, part) for at, parts in seen.items()
+        return [(run, *at, *part) for at, parts in seen.items()
                 for run, part in enumerate(self._products(parts))]
 
     def _products(self, parts):
@@ -98,11 +100,13 @@ class Tap:
         for rows, b, d in self.split:
             part = z if rows is None else z[..., rows]
             part = part.reshape(*z.shape[:2], b, d).transpose(1, 2).flatten(0, 1)
-            yield (part.mT @ part).unflatten(0, (-1, b))
+            part, factor = _scaled(part)
+            yield (part.mT @ part).unflatten(0, (-1, b)), factor.unflatten(0, (-1, b))
 
     def add(self, parts, group, scale):
         "Add what `outer` gave to a group of probes."
-        for run, first, end, part in parts: self.sums[run][group, first:end].add_(part, alpha=scale)
+        for run, first, end, part, factor in parts:
+            self.sums[run][group, first:end].addcmul_(part, factor, value=scale)
 
     def sites(self):
         "[(name, kind, head, weight of the block, its sums `(groups, d, d)`), ...]."
@@ -119,6 +123,13 @@ class Tap:
         "Some rows of a weight `(g, d_out / g, d_in / g)`."
         if len(self.blocks) == 1: return W
         return (W[0] if len(W) == 1 else torch.block_diag(*W))[rows][None]
+
+
+def _scaled(z):
+    "`(b, n, d)` times powers of two that bring each block near 1, and what undoes it in z^T z."
+    top = z.detach().abs().amax((1, 2), keepdim=True) if z.numel() else z.new_ones(len(z), 1, 1)
+    by = torch.frexp(torch.where(torch.isfinite(top), top, 1))[1].clamp(-120, 120)
+    return z * torch.exp2(-by.to(z.dtype)), torch.exp2(2 * by.double())
 
 # %% ../nbs/97_taps.ipynb #e524a5e1
 class Watch(TorchFunctionMode):
@@ -192,6 +203,11 @@ class Watch(TorchFunctionMode):
     def _act(self, func, args, kwargs, act, made, shared):
         "Compute the call, with its input or its output marked."
         tap, expert = self._tap(act, made)
+        if act.x.is_complex() or act.weight.is_complex():
+            if tap.why == LEFT_OUT: return func(*args, **kwargs)
+            raise TypeError(f"site {tap.name!r} multiplies complex numbers ({act.weight.dtype} by "
+                            f"{act.x.dtype}); only real weights are compared: leave it out with "
+                            "only='a regular expression of other sites'.")
         if not act.x.is_floating_point():
             raise TypeError(f"site {tap.name!r} got whole numbers ({act.x.dtype}); "
                             "pass floating data, as in data.float().")
@@ -320,8 +336,12 @@ class Watch(TorchFunctionMode):
         if before: self.undo.append(module.register_forward_pre_hook(mine(before)).remove)
         if after: self.undo.append(module.register_forward_hook(mine(after)).remove)
 
-    def replace(self, module, forward, then=None):
-        "Another forward for a module, to which nobody listens. What is done `then` is heard."
+    def replace(self, module, forward, then=None, wraps=False):
+        """Another forward for a module, to which nobody listens. What is done `then` is heard.
+
+        It `wraps` the forward that the module has, or else opens what its class computes."""
+        if "forward" in vars(module) and not wraps: raise ValueError(self._own_forward(module))
+        before = {k: vars(module)[k] for k in ("forward",) if k in vars(module)}
         def quiet(*args, **kwargs):
             self.constant = DATA not in [self.origins.of(t) for t in tensors_in(args, kwargs)]
             with torch._C.DisableTorchFunction(): out = forward(*args, **kwargs)
@@ -330,7 +350,15 @@ class Watch(TorchFunctionMode):
                 if not t.requires_grad: self.origins.tell(t, DATA)
             return then(out) if then else out
         module.forward = quiet
-        self.undo.append(lambda: module.__dict__.pop("forward"))
+        self.undo.append(lambda: (vars(module).pop("forward"), vars(module).update(before)))
+
+    def _own_forward(self, module):
+        "What is wrong with a layer that would be opened."
+        name = next(n for n, m in self.modules.items() if m is module)
+        return (f"site {name!r} ({type(module).__name__}) carries a forward of its own, set on the "
+                "instance (by accelerate, for instance), which opening the layer would ignore; "
+                "take it off first (accelerate.hooks.remove_hook_from_module, or del "
+                "module.forward).")
 
     # --- open and close ---
 
@@ -491,6 +519,8 @@ def _why(watch, name, got):
     if stack is not None:
         hit = sum(any(s[:, e].any() for s in stack.sums) for e in range(stack.experts))
         return f"gradients reach {hit} of {stack.experts} experts"
+    owner = watch.modules.get(name.rpartition(".")[0])
+    if isinstance(owner, torch.jit.ScriptModule): return "runs inside TorchScript"
     if any(tap.used for tap in taps): return f"no gradient at {'all of ' if got else ''}it"
     met = sorted(watch.origins.met.get(name, set()) - TABLES)
     return f"used by {', '.join(met)}, which is not read" if met else "not used"
@@ -521,10 +551,14 @@ def watching(model,         # nn.Module
 
 
 def _check_parameters(model):
-    "ValueError for parameters through which no gradient can be computed."
+    "ValueError for parameters through which no gradient can be computed, or that nobody sees act."
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(f"model is TorchScript ({type(model).__name__}), inside which no weight "
+                         "can be watched; pass the Python module that it was made from.")
     for name, p in model.named_parameters():
         if isinstance(p, nn.parameter.UninitializedParameter):
             raise ValueError(f"parameter {name!r} has no values yet; run the model once first.")
+
         if p.is_inference():
             raise ValueError(f"parameter {name!r} was made under torch.inference_mode; "
                              "copy the model outside of it.")

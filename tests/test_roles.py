@@ -448,3 +448,26 @@ def test_a_weight_has_the_role_of_its_layer():
     for name, parent, want in [("attn.qkv.weight", swin.attn, THIRDS), ("attend.q_proj_weight", swin.attend, THIRDS[:4]), ("attend.v_proj_weight", swin.attend, THIRDS[8:])]:
         assert holder(name, modules) is parent
         assert [b[:2] for b in row_blocks(name, None, parent, 4 * len(want), "linear")] == want
+
+
+class Holder(nn.Module):
+    "A module with linear maps of these names, and perhaps a query that is a parameter."
+
+    def __init__(self, names, query=False):
+        super().__init__()
+        for name in names: self.add_module(name, nn.Linear(8, 8))
+        if query: self.query = nn.Parameter(torch.zeros(8))
+
+
+def kinds(path, parent): return {n: row_blocks(f"{path}.{n}", m, parent, 8, "linear")[0][0] for n, m in parent.named_children()}
+
+
+def test_the_names_of_llama():
+    assert kinds("layers.0.attention", Holder(["wq", "wk", "wv", "wo"])) == dict(wq="query", wk="key", wv="value", wo="attention-out")
+    assert kinds("block.0.layer.1.DenseReluDense", Holder(["wo"])) == dict(wo="mlp-out")         # T5
+
+
+@pytest.mark.parametrize("path, query, want", [("memory", False, "linear"), ("memory", True, None), ("attn", False, None)])
+def test_key_and_value_without_a_query(path, query, want):
+    found = kinds(path, Holder(["key", "value"], query))
+    assert found == dict(key=want or "key", value=want or "value")

@@ -535,7 +535,7 @@ def test_validation_targets_of_other_shapes(name):
         with pytest.raises(ValueError, match="one row"): base.clone(EVERY[name]).fit(X, y, X[:1], y[:1])
 
 
-@pytest.mark.parametrize("labels", [["a", None] * 24, [np.nan, "b"] * 24, [1, "b"] * 24, [pd.NA, "b"] * 24, np.array(["2020", "NaT"] * 24, "datetime64[D]"), pd.Series(["a", None] * 24, dtype="string")], ids=str)
+@pytest.mark.parametrize("labels", [["a", None] * 24, [np.nan, "b"] * 24, [1, "b"] * 24, [pd.NA, "b"] * 24, np.array(["2020", "NaT"] * 24, "datetime64[D]"), pd.Series(["a", None] * 24, dtype="string")], ids=lambda v: type(v).__name__)
 def test_labels_that_are_missing_or_do_not_compare(labels):
     labels = labels if hasattr(labels, "dtype") else np.array(labels, dtype=object)
     with pytest.raises(ValueError, match="^y (contains missing labels|holds labels)|Input y contains NaN|[Uu]nknown label type|mix of label"): RFMClassifier(n_iter=0).fit(rows(), labels)

@@ -352,7 +352,7 @@ def both_ways(root, image, **options):
     (Image.fromarray(np.full((8, 8), 0.25, np.float32)), "TIFF"),
     (Image.new("RGBA", (8, 8), (0, 0, 0, 191)), "PNG"),
     (Image.new("LA", (8, 8), (0, 191)), "PNG"),
-], ids=str)
+], ids=lambda v: getattr(v, "mode", v))
 def test_a_quarter_of_white_in_every_kind_of_file(root, image, kind):
     for x in both_ways(root, image, format=kind): assert np.abs(x - 0.25).max() < 1 / 255
 

@@ -10,6 +10,7 @@ __all__ = ['VANISHING', 'BUDGET', 'CHUNK', 'MEANS', 'AGOP', 'pullbacks', 'random
 import copy
 import dataclasses
 import math
+import random
 import sys
 import warnings
 from contextlib import contextmanager, nullcontext, suppress
@@ -257,9 +258,6 @@ def _pull(y, x, v):
     return x.new_zeros(len(v), *x.shape) if g is None else g.detach()
 
 # %% ../nbs/02_agop.ipynb #84d5932c
-import random
-
-
 def _outputs(f, x):
     "f(x) as `(b, c)`, or an error that says what is wrong with it."
     before = _chance()

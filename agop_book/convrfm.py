@@ -18,8 +18,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch.nn.functional import conv2d, fold, pad, unfold
 
-from .arrays import is_number as _is
-from .arrays import like, as_real
+from .arrays import as_real, is_number, like
 from .agop import matrix_power, top_directions
 from .cntk import CNTK, patch_agop
 from .figures import device as pick_device
@@ -124,11 +123,11 @@ def seen_through(images: torch.Tensor, M: torch.Tensor) -> torch.Tensor:
 # %% ../nbs/12_convrfm.ipynb #02c54b58
 CONV_CHECKS = {  # parameter: (test, what it must be); the kernel checks its own
     **{name: CHECKS[name] for name in ("n_iter", "validation_fraction", "memory_limit")},
-    "reg": (lambda v: not isinstance(v, torch.Tensor) and len(np.ravel(v)) > 0 and all(_is(r, numbers.Real) and 0 <= r <= 1e30 for r in np.ravel(v).tolist()), "a finite number of at least 0, or a list of such numbers"),
-    "n_grad": (lambda v: v is None or _is(v, numbers.Integral) and v >= 1, "None (all images) or an integer of at least 1"),
+    "reg": (lambda v: not isinstance(v, torch.Tensor) and len(np.ravel(v)) > 0 and all(is_number(r, numbers.Real) and 0 <= r <= 1e30 for r in np.ravel(v).tolist()), "a finite number of at least 0, or a list of such numbers"),
+    "n_grad": (lambda v: v is None or is_number(v, numbers.Integral) and v >= 1, "None (all images) or an integer of at least 1"),
     "pooling": (lambda v: isinstance(v, (bool, np.bool_)), "True or False"),
-    "image_shape": (lambda v: v is None or len(v) == 3 and all(_is(n, numbers.Integral) and n >= 1 for n in v), "None or three positive integers (channels, height, width)"),
-    "width": (lambda v: v is None or _is(v, numbers.Integral) and v >= 1, "None (M^(1/2) itself) or an integer of at least 1: the number of random filters of a layer"),
+    "image_shape": (lambda v: v is None or len(v) == 3 and all(is_number(n, numbers.Integral) and n >= 1 for n in v), "None or three positive integers (channels, height, width)"),
+    "width": (lambda v: v is None or is_number(v, numbers.Integral) and v >= 1, "None (M^(1/2) itself) or an integer of at least 1: the number of random filters of a layer"),
     "activation": (lambda v: v in (None, "relu"), "None or 'relu'"),
 }
 

@@ -174,19 +174,16 @@ def rounds(solver, kernel, X, Y, reg, n_iter, M=None, diag=False, center=True):
 
 # %% ../nbs/03_rfm.ipynb #c644a7a9
 CHECKS = {  # parameter: (test, what it must be)
-    "bandwidth": (lambda v: _is(v, numbers.Real) and 1e-150 <= v <= 1e150, "a finite number above 0 (from 1e-150 to 1e150), in the units of distances between rows"),
-    "n_iter": (lambda v: _is(v, numbers.Integral) and 0 <= v <= 10**6, "an integer from 0 to 1,000,000"),
-    "reg": (lambda v: _is(v, numbers.Real) and 0 <= v <= 1e30, "a finite number of at least 0 and at most 1e30"),
+    "bandwidth": (lambda v: is_number(v, numbers.Real) and 1e-150 <= v <= 1e150, "a finite number above 0 (from 1e-150 to 1e150), in the units of distances between rows"),
+    "n_iter": (lambda v: is_number(v, numbers.Integral) and 0 <= v <= 10**6, "an integer from 0 to 1,000,000"),
+    "reg": (lambda v: is_number(v, numbers.Real) and 0 <= v <= 1e30, "a finite number of at least 0 and at most 1e30"),
     "diag": (lambda v: isinstance(v, (bool, np.bool_)), "True or False"),
     "center": (lambda v: isinstance(v, (bool, np.bool_)), "True or False"),
-    "validation_fraction": (lambda v: v is None or _is(v, numbers.Real) and 0 < v < 1, "None or a number between 0 and 1"),
-    "memory_limit": (lambda v: v is None or _is(v, numbers.Real) and v > 0, "None or a number of bytes above 0"),
+    "validation_fraction": (lambda v: v is None or is_number(v, numbers.Real) and 0 < v < 1, "None or a number between 0 and 1"),
+    "memory_limit": (lambda v: v is None or is_number(v, numbers.Real) and v > 0, "None or a number of bytes above 0"),
     "solver": (lambda v: v in SOLVERS, f"one of {sorted(SOLVERS)}"),
     "kernel": (lambda v: isinstance(v, Kernel) or v in KERNELS, f"a Kernel or one of {sorted(KERNELS)}"),
 }
-
-
-_is = is_number
 
 
 def check_parameters(estimator, checks: dict):

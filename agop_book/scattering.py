@@ -28,9 +28,7 @@ from .agop import matrix_power
 from .convrfm import CONV_CHECKS, _ConvRFM, check_pairs, ridge_fits
 from .figures import device as pick_device
 from .kernels import KERNELS, Kernel, KernelMachine, Radial, Shared, Side
-from .arrays import is_count
-from .arrays import is_number as _is
-from .arrays import like, as_real
+from .arrays import as_real, is_count, is_number, like
 from .files import check_writable, load_arrays, save_arrays
 from .memory import free_memory, plan
 from .rfm import _RFM, CHECKS, RFMClassifier, RFMRegressor, _kernel, all_or_nothing, check_parameters, fill, gram_rows
@@ -81,7 +79,7 @@ def scatter(x: torch.Tensor,  # images (n, h, w)
 SCATTERING_CHECKS = {  # parameter: (test, what it must be)
     "J": (lambda v: is_count(v), "an integer of at least 1 and below 2**31, the number of scales"),
     "L": (lambda v: is_count(v), "an integer of at least 1 and below 2**31, the number of orientations"),
-    "order": (lambda v: _is(v, numbers.Integral) and v in (1, 2), "1 or 2, the number of layers of wavelets"),
+    "order": (lambda v: is_number(v, numbers.Integral) and v in (1, 2), "1 or 2, the number of layers of wavelets"),
     "image_shape": CONV_CHECKS["image_shape"],
     "batch_size": (lambda v: v is None or is_count(v), "None (what fits the cache) or an integer of at least 1 and below 2**31"),
     "cache": (lambda v: v is None or isinstance(v, (str, Path)), "None or a folder"),
@@ -328,7 +326,7 @@ def map_rounds(kernel: Radial, X: torch.Tensor, Y: torch.Tensor, regs=(1e-3,), n
 MAP_CHECKS = {
     **{name: CHECKS[name] for name in ("bandwidth", "n_iter", "center", "validation_fraction", "memory_limit")}, "reg": CONV_CHECKS["reg"],
     "metric": (lambda v: v in METRICS, f"one of {', '.join(map(repr, METRICS))}"),
-    "channels": (lambda v: v is None or _is(v, numbers.Integral) and v >= 1, "None or an integer of at least 1: the maps in a row"),
+    "channels": (lambda v: v is None or is_number(v, numbers.Integral) and v >= 1, "None or an integer of at least 1: the maps in a row"),
     "kernel": (lambda v: isinstance(v, Radial) or not isinstance(v, Kernel) and issubclass(KERNELS[v], Radial), f"a Radial kernel or one of {sorted(k for k, v in KERNELS.items() if issubclass(v, Radial))}"),
 }
 

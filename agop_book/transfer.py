@@ -24,8 +24,7 @@ from .agop import matrix_power
 from .cntk import _check_images
 from .convrfm import _ConvRFM
 from .kernels import Shared, as_tensor, check_metric
-from .arrays import is_number as _is
-from .arrays import as_real
+from .arrays import as_real, is_number
 from .rfm import _RFM
 
 # %% ../nbs/14_transfer.ipynb #a8fd61ea
@@ -161,13 +160,13 @@ class TransferRFM(MetaEstimatorMixin, BaseEstimator):
         for name, top in (("weight", 1), ("identity", 1), ("power", np.inf)):
             lists[name] = np.ravel(getattr(self, name)).tolist()
             for v in lists[name] or [None]:
-                if not (_is(v, numbers.Real) and 0 <= v <= top and np.isfinite(v)): raise ValueError(f"{name} must be a number {'between 0 and 1' if top == 1 else 'of at least 0'}, or a list of such numbers, got {getattr(self, name)!r}.")
+                if not (is_number(v, numbers.Real) and 0 <= v <= top and np.isfinite(v)): raise ValueError(f"{name} must be a number {'between 0 and 1' if top == 1 else 'of at least 0'}, or a list of such numbers, got {getattr(self, name)!r}.")
         if self.mode != "blend": lists["weight"] = [1.0]
         elif not learner.n_iter: raise ValueError("mode='blend' needs the target's own AGOP, but learner has n_iter=0; give it at least 1, or take mode='fixed'.")
         options = [(w, s, p) for s in lists["identity"] for p in lists["power"] for w in lists["weight"]]
         same = lambda o: (1.0, 1.0, 0.0) if o[1] == 1 else o                # nothing but the identity: the other two do not matter
         options, rounds = list({same(o): o for o in options[::-1]}.values())[::-1], learner.n_iter if self.mode == "initial" else 0
-        if not (self.cv is None or _is(self.cv, numbers.Integral) and self.cv >= 2): raise ValueError(f"cv must be None or an integer of at least 2, the number of folds, got {self.cv!r}.")
+        if not (self.cv is None or is_number(self.cv, numbers.Integral) and self.cv >= 2): raise ValueError(f"cv must be None or an integer of at least 2, the number of folds, got {self.cv!r}.")
         if self.cv is None and len(options) > 1:
             name = next(k for k, v in lists.items() if len(v) > 1)
             raise ValueError(f"{name}={getattr(self, name)!r} holds {len(lists[name])} values to choose from, but cv is None; pass one number, or folds to choose in (cv=3).")

@@ -1,28 +1,39 @@
-__version__ = "0.1.0"
+"""The average gradient outer product and Recursive Feature Machines.
 
-# Classes only: a function here would hide the module of its name (agop_book.agop is a module). Loaded on first use,
-# so that the command line answers before torch is imported.
-_HOMES = {
-    "RFMRegressor": "rfm", "RFMClassifier": "rfm", "KernelMachine": "kernels", "AGOP": "agop", "Dataset": "data",
-    "Laplace": "kernels", "Gaussian": "kernels", "GeneralizedExponential": "kernels",
-    "CNTK": "cntk", "ConvRFMClassifier": "convrfm", "ConvRFMRegressor": "convrfm",
-    "DeepRFMClassifier": "convrfm", "DeepRFMRegressor": "convrfm", "TransferRFM": "transfer",
-    "Scattering": "scattering", "MapRFMClassifier": "scattering", "MapRFMRegressor": "scattering",
-    "Matern32": "kernels", "Matern52": "kernels", "NTK": "kernels",
-}
-_MODULES = {*_HOMES.values(), "nfa", "mlps", "patches", "rnns", "attention", "tabular", "tokens", "figures", "reproduce",
-            "arrays", "memory", "files", "roles", "taps", "acts", "layers"}
-__all__ = list(_HOMES)
+The modules of the library, and its public classes under their own names: both are found by looking, and loaded on
+first use, so that the command line answers before torch is imported. Functions stay in their modules
+(`agop_book.agop` is a module).
+"""
+__version__ = "0.2.0"
+
+
+def _modules():
+    from pkgutil import iter_modules
+    return {m.name for m in iter_modules(__path__) if m.name[0] != "_" and m.name not in ("all", "nbs")}
+
+
+def _homes():
+    "Public class -> the library's module that defines it, from the index that nbdev keeps."
+    from ._modidx import d
+    homes = {}
+    for module, symbols in d["syms"].items():
+        prefix = f"{module}."
+        names = [symbol.removeprefix(prefix) for symbol in symbols]
+        if module.count(".") == 1:
+            homes |= {name: module for name in names if name[0].isupper() and "." not in name}
+    return homes
 
 
 def __getattr__(name):
     from importlib import import_module
-    if name in _MODULES:
+    if name in _modules():
         return import_module(f"agop_book.{name}")
-    if name in _HOMES:
-        return getattr(import_module(f"agop_book.{_HOMES[name]}"), name)
+    if name == "__all__":
+        return sorted(_homes())
+    if name[0] != "_" and name in _homes():
+        return getattr(import_module(_homes()[name]), name)
     raise AttributeError(f"module 'agop_book' has no attribute {name!r}")
 
 
 def __dir__():
-    return sorted([*globals(), *_HOMES, *_MODULES])
+    return sorted({*globals(), *_homes(), *_modules()})

@@ -23,9 +23,11 @@ from skorch.callbacks import LRScheduler
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
-from .data import DataNotFound, check_count, data_roots, load
-from .figures import device, pick
-from .mlps import trained
+from .arrays import check_count
+from .book.data import DataNotFound, data_roots, load
+from .devices import device
+from .book.figures import pick
+from .book.mlps import trained
 
 # %% ../nbs/09_transformers.ipynb #29b6c719
 def _transformers():

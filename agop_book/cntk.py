@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from .agop import VANISHING, matrix_power
-from .arrays import as_tensor, is_count, like
+from .arrays import as_tensor, is_count, to_family
 from .kernels import apply_metric, blocks, check_metric
 from .memory import plan
 
@@ -69,7 +69,7 @@ class CNTK:
         X, Z, dtype = _in_double(self, x, centers)
         parts = _gradients(self, X, Z, coef, M, kept=2)
         g = torch.cat([apply_metric(g, root).flatten(0, 1).permute(1, 2, 0, 3) for g, root in parts])
-        return like(_rounded(g, dtype, "the gradients"), x)
+        return to_family(_rounded(g, dtype, "the gradients"), x)
 
     def image_gradient(self, x, centers, coef, M=None):
         "The same with respect to the pixels: `(n, outputs, c, h, w)`."
@@ -77,7 +77,7 @@ class CNTK:
         parts = _gradients(self, X, Z, coef, M, kept=4)
         g = torch.cat([apply_metric(g, root).permute(3, 0, 1, 2, 4) for g, root in parts], 3)
         back = torch.func.vjp(self.patches, X)[1]                                        # patches are linear in the image
-        return like(_rounded(torch.stack([back(p)[0] for p in g], 1), dtype, "the gradients"), x)
+        return to_family(_rounded(torch.stack([back(p)[0] for p in g], 1), dtype, "the gradients"), x)
 
 # %% ../nbs/11_cntk.ipynb #e3eaba46
 def window_sum(t: torch.Tensor, size: int) -> torch.Tensor:
@@ -372,7 +372,7 @@ def _gram(kernel, x, z, M, tangent):
                 K[i.nonzero(), j.nonzero()[:, 0]] = _tile(kernel, *sides, tangent)[0].float()
             out[rows, cols] = K
         if z is None: _mirror(kernel, out, X, root, tangent)
-    return like(out, x)
+    return to_family(out, x)
 
 # %% ../nbs/11_cntk.ipynb #a8290ee0
 def _backward(kernel, left, right, coef, g, da):
@@ -457,7 +457,7 @@ def patch_agop(kernel: CNTK,   # the kernel of the machine
     if root is not None: G = apply_metric(apply_metric(G, root).T, root)
     if not torch.isfinite(G).all(): raise ValueError(f"the squares of the gradients overflow {G.dtype}; rescale coef or the images.")
     if unit != 1: G = _rounded(G.double() * unit * unit, G.dtype, "the squares of the gradients")
-    return like(G / n, x)
+    return to_family(G / n, x)
 
 
 def _unit(coef):

@@ -18,10 +18,10 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch.nn.functional import conv2d, fold, pad, unfold
 
-from .arrays import as_real, is_number, like
+from .arrays import as_real, is_number, to_family
 from .agop import matrix_power, top_directions
 from .cntk import CNTK, patch_agop
-from .figures import device as pick_device
+from .devices import device as pick_device
 from .kernels import check_metric
 from .memory import free_memory, plan
 from .rfm import _RFM, CHECKS, RFMClassifier, RFMRegressor, Round, all_or_nothing, check_parameters
@@ -108,7 +108,7 @@ def conv_rounds(kernel: CNTK, X: torch.Tensor, Y: torch.Tensor, regs=(1e-3,), n_
 
 # %% ../nbs/12_convrfm.ipynb #50a33827
 def _patch_size(M, channels):
-    "Side of the patches that `M` `(p, p)` is for."
+    "Points of the patches that `M` `(p, p)` is for."
     side = int(round((len(M) / channels) ** 0.5))
     if side * side * channels != len(M): raise ValueError(f"M is for patches of {len(M)} numbers, which are not square patches of images with {channels} channels.")
     return side
@@ -227,7 +227,7 @@ class _ConvRFM(_RFM):
         "The images seen through M^(1/2) (`seen_through`), in the shape of `X`: an array, or a tensor for a tensor."
         x, dtype = self._checked(X)
         out = seen_through(x, torch.from_numpy(self.M_).to(x)).cpu().numpy().astype(dtype, copy=False).reshape(np.shape(X))
-        return like(out, X)
+        return to_family(out, X)
 
     def _described(self):
         kernel, reg = self.machine_.kernel, np.ravel(self.reg).tolist() if np.ndim(self.reg) else self.reg
@@ -331,7 +331,7 @@ class _DeepRFM(_ConvRFM):
         "What the kernel of the kept layer compares: `X` through the random convolutions, `(n, width, h', w')`."
         x, dtype = self._checked(X)
         out = self._features(x).cpu().numpy().astype(dtype, copy=False)
-        return like(out, X)
+        return to_family(out, X)
 
     def _arrays(self): return {**super()._arrays(), **{f"layer{i:03}": W for i, W in enumerate(self._layers)}}
 

@@ -30,10 +30,12 @@ from torch import nn
 
 from .agop import matrix_power
 from .arrays import as_real, is_count, is_number
-from .data import DataNotFound, UnreadableData, _open_rgb, _rgb
-from .data import cache_dir, check_count, data_roots, load
-from .figures import device, pick
-from .mlps import _seeded, trained
+from .book.data import DataNotFound, UnreadableData, _open_rgb, _rgb
+from .arrays import check_count
+from .book.data import cache_dir, data_roots, load
+from .devices import device
+from .book.figures import pick
+from .book.mlps import _seeded, trained
 from .nfa import nfa
 
 # %% ../nbs/07_cnns.ipynb #f4ae1a9f

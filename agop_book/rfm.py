@@ -25,14 +25,14 @@ from sklearn.utils.validation import check_consistent_length, check_is_fitted, v
 from tqdm import tqdm
 
 from .agop import cosine, matrix_power
-from .arrays import is_number, like, as_real
-from .figures import device as pick_device
+from .arrays import is_number, to_family, as_real
+from .devices import device as pick_device
 from .files import load_arrays, save_arrays
 from .memory import free_memory, plan
-from .kernels import KERNELS, Kernel, KernelMachine, Radial, Side, apply_metric, blocks, check_metric
+from .kernels import KERNELS, Kernel, KernelMachine, Radial, Points, apply_metric, blocks, check_metric
 
 # %% ../nbs/03_rfm.ipynb #938758ea
-def fill(kernel: Kernel, side: Side, buf: torch.Tensor, slopes: bool = True):
+def fill(kernel: Kernel, side: Points, buf: torch.Tensor, slopes: bool = True):
     "Lower triangle of `buf` `(n, n)`: the Gram matrix of `side`. Strict upper triangle, with `slopes`: A of `kernel.tile`."
     for rows in blocks(len(buf)):
         for cols in blocks(rows.stop):
@@ -165,7 +165,7 @@ def rounds(solver, kernel, X, Y, reg, n_iter, M=None, diag=False, center=True):
     "Yields `(coef, M, reg used)` for `n_iter` + 1 machines; between two, M becomes the AGOP (paper, section III.B)."
     X = X - kernel.shift(X)
     for t in range(n_iter + 1):
-        side = Side(X, M)
+        side = Points(X, M)
         coef, used = solver.solve(kernel, side, Y, reg, slopes=t < n_iter)
         yield coef, M, used
         if t == n_iter: return
@@ -418,7 +418,7 @@ class _RFM(_Rounds):
         check_is_fitted(self, "machine_")
         rows, root = self._valid(X), matrix_power(self.M_, 0.5)
         out = (rows * root if root.ndim == 1 else rows @ root).astype(rows.dtype)
-        return like(out, X)
+        return to_family(out, X)
 
     @property
     def _n_features_out(self): return self.n_features_in_
@@ -479,7 +479,7 @@ class RFMRegressor(RegressorMixin, _RFM):
 
     def predict(self, X):
         "Predictions `(m,)` or `(m, c)` at `X` `(m, d)`: an array, or a tensor for a tensor."
-        return like(self._shape(self._decision(X)), X)
+        return to_family(self._shape(self._decision(X)), X)
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -540,16 +540,16 @@ class RFMClassifier(ClassifierMixin, _RFM):
     def decision_function(self, X):
         "The outputs `(m, n_classes)`; for two classes their difference `(m,)`, positive for the second."
         f = self._decision(X)
-        return like(f[:, 1] - f[:, 0] if f.shape[1] == 2 else f, X)
+        return to_family(f[:, 1] - f[:, 0] if f.shape[1] == 2 else f, X)
 
     def outputs(self, X):
         "One column per class `(m, n_classes)`, for two classes too: what the one-hot targets were fitted by, and what `agop` differentiates."
-        return like(self._decision(X), X)
+        return to_family(self._decision(X), X)
 
     def predict(self, X):
         "The class `(m,)` of each row of `X` `(m, d)`."
         f = self._decision(X)
-        return like(self.classes_[f.argmax(1)], X)
+        return to_family(self.classes_[f.argmax(1)], X)
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()

@@ -26,9 +26,9 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from .agop import matrix_power
 from .convrfm import CONV_CHECKS, _ConvRFM, check_pairs, ridge_fits
-from .figures import device as pick_device
-from .kernels import KERNELS, Kernel, KernelMachine, Radial, Shared, Side
-from .arrays import as_real, is_count, is_number, like
+from .devices import device as pick_device
+from .kernels import KERNELS, Kernel, KernelMachine, Radial, Shared, Points
+from .arrays import as_real, is_count, is_number, to_family
 from .files import check_writable, load_arrays, save_arrays
 from .memory import free_memory, plan
 from .rfm import _RFM, CHECKS, RFMClassifier, RFMRegressor, _kernel, all_or_nothing, check_parameters, fill, gram_rows
@@ -306,7 +306,7 @@ def map_rounds(kernel: Radial, X: torch.Tensor, Y: torch.Tensor, regs=(1e-3,), n
     M, root, buf, shift = None, None, X.new_empty(len(X), len(X)), kernel.shift(X)
     for t in range(n_iter + 1):
         Z = weigh(X - shift, root)
-        fill(kernel, Side(Z), buf)
+        fill(kernel, Points(Z), buf)
         K = buf.tril() + buf.tril(-1).T
         fits = ridge_fits(K, Y, regs)
         scores = [np.nan] * len(fits) if X_val is None else [score(f) for f in (kernel(weigh(X_val - shift, root), Z) @ torch.stack([c for c, _ in fits])).unbind()]
@@ -373,7 +373,7 @@ class _MapRFM(_RFM):
         "The learned features x M^(1/2), `(m, d)`: Euclidean distances between them are the machine's distances."
         check_is_fitted(self, "machine_")
         rows = self._valid(X)
-        return like(weigh(torch.from_numpy(np.array(rows)), torch.from_numpy(matrix_power(self.M_, 0.5))).numpy(), X)
+        return to_family(weigh(torch.from_numpy(np.array(rows)), torch.from_numpy(matrix_power(self.M_, 0.5))).numpy(), X)
 
     def _described(self): return {**super()._described(), "coordinates": "X"}
 

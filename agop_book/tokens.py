@@ -28,7 +28,7 @@ from torch import nn
 from .agop import matrix_power
 from .arrays import as_real, is_count, is_number
 from .attention import _place, _transformers, minilm_folder, pretrained
-from .data import check_count
+from .arrays import check_count
 from .nfa import nfa
 
 # %% ../nbs/10_tokens.ipynb #f8b14d0f

@@ -16,7 +16,7 @@ from sklearn.utils import all_estimators
 
 from agop_book.agop import agop
 from agop_book.convrfm import ConvRFMClassifier, ConvRFMRegressor, DeepRFMClassifier, DeepRFMRegressor
-from agop_book.kernels import NTK, KernelMachine, Laplace, Matern52, Side
+from agop_book.kernels import NTK, KernelMachine, Laplace, Matern52, Points
 from agop_book.rfm import CholeskySolver, RFMClassifier, RFMRegressor
 from agop_book.scattering import MapRFMClassifier, MapRFMRegressor
 from agop_book.transfer import TransferRFM
@@ -326,7 +326,7 @@ def test_all_outputs_together_with_a_far_row(far):
     X = torch.randn(120, 8, generator=torch.Generator().manual_seed(0))
     X[7, 2] = far
     Y, kernel = torch.randn(120, 40, generator=torch.Generator().manual_seed(1)), Laplace(5.0)
-    side, solver = Side(X - kernel.shift(X)), CholeskySolver(120, 8, 40, X)
+    side, solver = Points(X - kernel.shift(X)), CholeskySolver(120, 8, 40, X)
     coef, used = solver.solve(kernel, side, Y, 1e-2, True)
     want = KernelMachine(kernel, X.double(), coef.double()).agop(center=True)
     np.testing.assert_allclose(solver.agop(kernel, side, Y, coef, used), want, atol=2e-3 * float(want.abs().max()))

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from agop_book import data
-from agop_book.data import DataNotFound, Request, SETS, SubsetError, UnreadableData, available, load, low_rank, read_idx, read_task, tasks
+from agop_book.book import data
+from agop_book.book.data import DataNotFound, Request, SETS, SubsetError, UnreadableData, available, load, low_rank, read_idx, read_task, tasks
 
 REAL = next((folder for folder in (Path(os.environ.get("AGOP_BOOK_DATA") or "/nonexistent"), Path(__file__).resolve().parents[2] / "shared" / "data")
              if folder.is_dir()), None)
@@ -722,7 +722,7 @@ def bomb(head):
 def capped(code, *args, gigabytes=0.4):
     "Run `code` in a process that may take so much address space beyond what its imports took."
     pytest.importorskip("resource", reason="no limits of memory here")
-    start = ("import sys, torch, numpy, agop_book.memory, resource, psutil\nfrom agop_book import data\nfrom agop_book.data import *\n"
+    start = ("import sys, torch, numpy, agop_book.memory, resource, psutil\nfrom agop_book import data\nfrom agop_book.book.data import *\n"
              f"top = psutil.Process().memory_info().vms + int({gigabytes} * 2**30)\nresource.setrlimit(resource.RLIMIT_AS, (top, top))\n")
     done = subprocess.run([sys.executable, "-c", start + code, *map(str, args)], capture_output=True, text=True, timeout=120,
                           env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})

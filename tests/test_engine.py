@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from agop_book.arrays import as_real, as_tensor, is_number, like
+from agop_book.arrays import as_real, as_tensor, is_number, to_family
 from agop_book.files import check_writable, load_arrays, save_arrays, write_atomic
 from agop_book.memory import free_memory, group_room, largest, plan
 
@@ -41,8 +41,8 @@ def test_plain_passes_on_what_is_right():
 
 
 def test_families_come_back():
-    assert isinstance(like(np.ones(2), torch.ones(1)), torch.Tensor) and isinstance(like(torch.ones(2), np.ones(1)), np.ndarray)
-    assert like(np.array(["a"]), torch.ones(1)).tolist() == ["a"]
+    assert isinstance(to_family(np.ones(2), torch.ones(1)), torch.Tensor) and isinstance(to_family(torch.ones(2), np.ones(1)), np.ndarray)
+    assert to_family(np.array(["a"]), torch.ones(1)).tolist() == ["a"]
     assert is_number(np.float32(1)) and not is_number(np.True_) and not is_number("1") and not is_number(1.0, int)
 
 

@@ -14,7 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agop_book import figures as F
+from agop_book.book import figures as F
+from agop_book.devices import device
 
 
 @pytest.fixture(autouse=True)
@@ -48,22 +49,22 @@ def test_scale_and_pick(monkeypatch):
 @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cpu:0", "mps", "CUDA"])
 def test_unknown_device(name):
     with pytest.raises(ValueError, match="auto, cpu, cuda or cuda:N"):
-        F.device(name)
+        device(name)
 
 
 def test_device(monkeypatch):
-    assert F.device("cpu") == F.device(torch.device("cpu")) == torch.device("cpu")
+    assert device("cpu") == device(torch.device("cpu")) == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert F.device() == F.device("auto") == torch.device("cpu")
+    assert device() == device("auto") == torch.device("cpu")
     with pytest.raises(ValueError, match="'cuda'.*no GPU.*cpu"):
-        F.device("cuda")
+        device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert F.device() == torch.device("cuda") and F.device("cuda:1") == torch.device("cuda:1")
+    assert device() == torch.device("cuda") and device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(ValueError, match="cuda:2.*cuda:1"):
-        F.device("cuda:2")
+        device("cuda:2")
     monkeypatch.setenv("AGOP_BOOK_DEVICE", "cpu")
-    assert F.device() == torch.device("cpu")
+    assert device() == torch.device("cpu")
 
 
 def test_unwritable_folder(monkeypatch, tmp_path):

@@ -8,8 +8,8 @@ from skorch import NeuralNet, NeuralNetClassifier, NeuralNetRegressor
 from skorch.callbacks import LRScheduler
 from torch import nn
 
-from agop_book import mlps
-from agop_book.mlps import MLP, mlp_task, trained
+from agop_book.book import mlps
+from agop_book.book.mlps import MLP, mlp_task, trained
 
 X = np.random.RandomState(0).randn(200, 8).astype(np.float32)
 Y = X[:, :3].argmax(1).astype(np.int64)

@@ -16,9 +16,9 @@ import psutil
 import pytest
 
 import agop_book
-from agop_book import figures, reproduce as R
+from agop_book.book import figures, reproduce as R
 
-IMPORTS = "import os, time\nfrom pathlib import Path\nimport matplotlib.pyplot as plt\nfrom agop_book.figures import record, sweep, scale"
+IMPORTS = "import os, time\nfrom pathlib import Path\nimport matplotlib.pyplot as plt\nfrom agop_book.book.figures import record, sweep, scale"
 
 
 def fig(id, value="1"):
@@ -61,7 +61,7 @@ def run(book, out, *argv, verb="reproduce"):
 
 
 def start(book, out, *argv):
-    code = f"import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from agop_book.reproduce import main; sys.exit(main(chapters_in={str(book)!r}))"   # a shell's background job would ignore SIGINT
+    code = f"import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from agop_book.book.reproduce import main; sys.exit(main(chapters_in={str(book)!r}))"   # a shell's background job would ignore SIGINT
     return subprocess.Popen([sys.executable, "-c", code, "reproduce", "--out", str(out), *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -99,7 +99,7 @@ def test_fingerprint_follows_code_not_prose(book):
 
 def test_fingerprint_follows_imported_modules(book, monkeypatch, tmp_path):
     chapter(book, "01_a", "# A", "from agop_book.rfm import RFMRegressor")
-    chapter(book, "02_b", "# B", "import agop_book.data")
+    chapter(book, "02_b", "# B", "import agop_book.book.data")
     before = [c.fingerprint for c in R.chapters(book)]
     shutil.copytree(R._home(), tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
     kernels = tmp_path / "copy/kernels.py"                          # rfm imports it, data does not
@@ -400,7 +400,7 @@ def test_a_hostile_record_runs_nothing_in_the_report(book, out):
 
 def command(argv, redirect="", **environment):
     "Exit status of the command, of a shell line `command | redirect`, and what came out."
-    line = f"{sys.executable} -c 'import sys; from agop_book.reproduce import main; sys.exit(main(sys.argv[1:]))' {argv} {redirect}"
+    line = f"{sys.executable} -c 'import sys; from agop_book.book.reproduce import main; sys.exit(main(sys.argv[1:]))' {argv} {redirect}"
     done = subprocess.run(["bash", "-c", f"{line}; echo status ${{PIPESTATUS[0]}} >&2"], capture_output=True, timeout=120, env={**os.environ, "PYTHONPATH": str(Path(agop_book.__file__).parents[1]), **environment})
     err = done.stderr.decode("latin-1")
     return int(re.search(r"status (\d+)", err)[1]), done.stdout, err
@@ -421,7 +421,7 @@ def test_a_reader_that_leaves(argv):
 def test_a_run_whose_reader_leaves_goes_on(book, out):
     chapter(book, "01_a", "# A", IMPORTS, fig("a-1"))
     chapter(book, "02_b", "# B", IMPORTS, fig("b-1"))
-    code = f"import sys; from agop_book.reproduce import main; sys.exit(main(['reproduce', '--out', {str(out)!r}], {str(book)!r}))"
+    code = f"import sys; from agop_book.book.reproduce import main; sys.exit(main(['reproduce', '--out', {str(out)!r}], {str(book)!r}))"
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=write, timeout=120)

@@ -18,8 +18,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from agop_book.data import low_rank
-from agop_book.kernels import Gaussian, KERNELS, KernelMachine, Laplace, Matern52, NTK, Side
+from agop_book.book.data import low_rank
+from agop_book.kernels import Gaussian, KERNELS, KernelMachine, Laplace, Matern52, NTK, Points
 from agop_book.rfm import CholeskySolver, RFMClassifier, RFMRegressor, cholesky_, fill, plan_memory, rounds, slopes_product
 
 
@@ -65,8 +65,8 @@ def test_one_buffer_holds_factor_and_slopes(n, d, tile, seed):
     buf = torch.full((n, n), torch.nan, dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("agop_book.kernels.blocks.__defaults__", (tile,))
-        fill(kernel, Side(X), buf)
-        K, A = kernel.tile(Side(X), Side(X), slopes=True)
+        fill(kernel, Points(X), buf)
+        K, A = kernel.tile(Points(X), Points(X), slopes=True)
         A.fill_diagonal_(0)
         torch.testing.assert_close(buf.tril(), K.tril())
         buf.diagonal().add_(0.1)
@@ -228,7 +228,7 @@ def test_interrupted_fit_keeps_finished_rounds_and_resumes(monkeypatch):
 def test_all_outputs_together_equal_one_by_one(n, d, c, center, diag, kernel, seed):
     torch.manual_seed(seed)
     X, Y = torch.randn(n, d, dtype=torch.float64), torch.randn(n, c, dtype=torch.float64)
-    solver, side = CholeskySolver(n, d, c, X), Side(X)
+    solver, side = CholeskySolver(n, d, c, X), Points(X)
     coef, used = solver.solve(kernel, side, Y, 1e-2, True)
     exact = KernelMachine(kernel, X, coef).agop(center=center, diag=diag)
     apart = float(torch.pdist(X).min()) > 0.02
@@ -240,7 +240,7 @@ def test_near_coincident_points_are_taken_one_by_one():
     torch.manual_seed(0)
     X = torch.randn(60, 8, dtype=torch.float64)
     X, Y = torch.cat([X, X + 1e-4 * torch.randn_like(X)]), torch.randn(120, 40, dtype=torch.float64)
-    solver, side, kernel = CholeskySolver(120, 8, 40, X), Side(X), Laplace(3.0)
+    solver, side, kernel = CholeskySolver(120, 8, 40, X), Points(X), Laplace(3.0)
     coef, used = solver.solve(kernel, side, Y, 1e-4, True)
     assert solver._together(side, coef, False, False) is None
     exact = KernelMachine(kernel, X, coef).agop()

@@ -17,9 +17,9 @@ from kymatio.scattering2d.frontend.torch_frontend import ScatteringTorch2D
 from safetensors.numpy import save_file
 
 from agop_book import memory
-from agop_book.data import load
+from agop_book.book.data import load
 from agop_book.files import load_arrays, save_arrays
-from agop_book.kernels import KERNELS, KernelMachine, Laplace, Matern52, Side
+from agop_book.kernels import KERNELS, KernelMachine, Laplace, Matern52, Points
 from agop_book.rfm import RFMRegressor
 from agop_book.scattering import MapRFMClassifier, MapRFMRegressor, MapScaler, RowSpan, Scattering, gradient_gram, map_rounds, paths, scatter, wavelet_disk, weigh
 
@@ -152,7 +152,7 @@ def test_bad_transform():
 
 
 def slopes(kernel, X):
-    _, A = kernel.tile(Side(X), Side(X), slopes=True)
+    _, A = kernel.tile(Points(X), Points(X), slopes=True)
     return A.fill_diagonal_(0)
 
 

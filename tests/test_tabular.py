@@ -18,11 +18,11 @@ from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 
-from agop_book import tabular
-from agop_book.data import DataNotFound, Task, UnreadableData
+from agop_book.book import tabular
+from agop_book.book.data import DataNotFound, Task, UnreadableData
 from agop_book.kernels import NTK, Laplace
 from agop_book.rfm import RFMClassifier
-from agop_book.tabular import (MODELS, PROTOCOLS, TUNED, KernelModel, Model, accuracy_table, benchmark, choose_parameters, critical_difference, evaluate, friedman, gains_over, get_task, given_split, grinsztajn, holds,
+from agop_book.book.tabular import (MODELS, PROTOCOLS, TUNED, KernelModel, Model, accuracy_table, benchmark, choose_parameters, critical_difference, evaluate, friedman, gains_over, get_task, given_split, grinsztajn, holds,
                                inner_folds, _main, median_distance, one_scale, pairwise, rank_diagram, ranking, read_published, read_results, rows_and_folds, save_results, several_ridges, several_rounds, split_task,
                                stored_results, unit_rows)
 
@@ -275,7 +275,7 @@ def test_nothing_is_recomputed_and_changes_are_noticed(tmp_path, monkeypatch):
 
 def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
     out = tmp_path / "rows.jsonl"
-    command = [sys.executable, "-m", "agop_book.tabular", *(f"sklearn/{n}" for n in ("digits", "wine", "iris")), "--model", "k-NN", "--model", "RFM", "--out", str(out)]
+    command = [sys.executable, "-m", "agop_book.book.tabular", *(f"sklearn/{n}" for n in ("digits", "wine", "iris")), "--model", "k-NN", "--model", "RFM", "--out", str(out)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path)
     for _ in range(600):
         if out.exists() and out.read_bytes().count(b"\n") >= 1: break
@@ -341,7 +341,7 @@ def test_a_stored_row_can_be_had_again(monkeypatch, capsys):
 
 
 def test_the_command_in_two_processes(tmp_path):
-    command = [sys.executable, "-m", "agop_book.tabular", "sklearn/iris", "sklearn/wine", "--model", "k-NN", "--jobs", "2", "--csv", str(tmp_path / "r.csv")]
+    command = [sys.executable, "-m", "agop_book.book.tabular", "sklearn/iris", "sklearn/wine", "--model", "k-NN", "--jobs", "2", "--csv", str(tmp_path / "r.csv")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "sklearn/wine" in done.stdout and len(read_results(tmp_path / "r.csv")) == 2
@@ -461,7 +461,7 @@ import os, sys, time
 from pathlib import Path
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin
-from agop_book.tabular import Model, benchmark, split_task
+from agop_book.book.tabular import Model, benchmark, split_task
 
 class Sleeper(ClassifierMixin, BaseEstimator):
     def __init__(self, folder="", name=""): self.folder, self.name = folder, name
@@ -568,6 +568,6 @@ def test_a_full_disk_after_the_work_loses_nothing(tmp_path, capsys, monkeypatch)
 
 
 def test_the_command_in_a_narrow_encoding_without_a_reader():
-    line = f"{sys.executable} -m agop_book.tabular sklearn/iris --model k-NN 2>&1 | true; echo ${{PIPESTATUS[0]}}"
+    line = f"{sys.executable} -m agop_book.book.tabular sklearn/iris --model k-NN 2>&1 | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert done.stdout == "0\n" and done.stderr == ""

@@ -722,7 +722,7 @@ def bomb(head):
 def capped(code, *args, gigabytes=0.4):
     "Run `code` in a process that may take so much address space beyond what its imports took."
     pytest.importorskip("resource", reason="no limits of memory here")
-    start = ("import sys, torch, numpy, agop_book.memory, resource, psutil\nfrom agop_book import data\nfrom agop_book.book.data import *\n"
+    start = ("import sys, torch, numpy, agop_book.memory, resource, psutil\nfrom agop_book.book import data\nfrom agop_book.book.data import *\n"
              f"top = psutil.Process().memory_info().vms + int({gigabytes} * 2**30)\nresource.setrlimit(resource.RLIMIT_AS, (top, top))\n")
     done = subprocess.run([sys.executable, "-c", start + code, *map(str, args)], capture_output=True, text=True, timeout=120,
                           env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})

@@ -86,6 +86,7 @@ def blocks(n: int, size: int = TILE):
 
 class Kernel:
     "k(x, z) that depends on x and z through x^T M z, |x|_M and |z|_M."
+    bilinear = True
 
     def __call__(self, x, z=None, M=None):
         "Gram matrix `(n, m)` of `x` `(n, d)` and `z` `(m, d)` (default: `x`), `M` None, `(d,)` or `(d, d)`; tensors in, tensor out, else numpy."

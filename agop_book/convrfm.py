@@ -22,7 +22,7 @@ from .arrays import as_real, is_number, to_family
 from .agop import matrix_power, top_directions
 from .cntk import CNTK, patch_agop
 from .devices import device as pick_device
-from .kernels import check_metric
+from .metrics import check_metric
 from .memory import free_memory, plan
 from .rfm import _RFM, CHECKS, RFMClassifier, RFMRegressor, Round, all_or_nothing, check_parameters
 

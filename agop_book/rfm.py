@@ -29,7 +29,10 @@ from .arrays import is_number, to_family, as_real
 from .devices import device as pick_device
 from .files import load_arrays, save_arrays
 from .memory import free_memory, plan
-from .kernels import KERNELS, Kernel, KernelMachine, Radial, Points, apply_metric, blocks, check_metric
+from .kernels import KERNELS, Kernel, Radial
+from .machines import KernelMachine
+from .metrics import apply_metric, check_metric
+from .points import Points, blocks
 
 # %% ../nbs/03_rfm.ipynb #938758ea
 def fill(kernel: Kernel, side: Points, buf: torch.Tensor, slopes: bool = True):

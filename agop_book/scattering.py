@@ -27,7 +27,10 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from .agop import matrix_power
 from .convrfm import CONV_CHECKS, _ConvRFM, check_pairs, ridge_fits
 from .devices import device as pick_device
-from .kernels import KERNELS, Kernel, KernelMachine, Radial, Shared, Points
+from .kernels import KERNELS, Kernel, Radial
+from .machines import KernelMachine
+from .metrics import Shared
+from .points import Points
 from .arrays import as_real, is_count, is_number, to_family
 from .files import check_writable, load_arrays, save_arrays
 from .memory import free_memory, plan

@@ -19,7 +19,9 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from agop_book.book.data import low_rank
-from agop_book.kernels import Gaussian, KERNELS, KernelMachine, Laplace, Matern52, NTK, Points
+from agop_book.kernels import Gaussian, KERNELS, Laplace, Matern52, NTK
+from agop_book.machines import KernelMachine
+from agop_book.points import Points
 from agop_book.rfm import CholeskySolver, RFMClassifier, RFMRegressor, cholesky_, fill, plan_memory, rounds, slopes_product
 
 

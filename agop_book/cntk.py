@@ -18,8 +18,9 @@ import torch.nn.functional as F
 
 from .agop import VANISHING, matrix_power
 from .arrays import as_tensor, is_count, to_family
-from .kernels import apply_metric, blocks, check_metric
 from .memory import plan
+from .metrics import apply_metric, check_metric
+from .points import blocks
 
 # %% ../nbs/11_cntk.ipynb #1da7d7e9
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ __all__ = ['gram_and_slopes_', 'cholesky_', 'solve_factored', 'slopes_product', 
 # %% ../nbs/workshop/dense.ipynb #1493dd8d
 import torch
 
-from .kernels import Kernel, Points, blocks
+from .kernels import Kernel
+from .points import Points, blocks
 
 # %% ../nbs/workshop/dense.ipynb #c0cba4ee
 def gram_and_slopes_(buf: torch.Tensor,    # (n, n), overwritten

@@ -21,7 +21,7 @@ from .cntk import CNTK, patch_agop
 from .estimators import BaseRFM
 from .images import convolve, image_rows, patch_side, seen_through
 from .kernelrfm import RULES as ROW_RULES
-from .kernels import check_metric
+from .metrics import check_metric
 from .memory import plan
 from .parameters import Rule, check_parameters, flag, number, one_of
 from .solvers import Fit, Solver

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RULES', 'KernelRFM']
 
-# %% ../nbs/workshop/kernelrfm.ipynb #87c9ae1e
+# %% ../nbs/workshop/kernelrfm.ipynb #5e2b904a
 import numbers
 import warnings
 
@@ -16,7 +16,9 @@ from sklearn.utils.validation import check_is_fitted
 from .agop import matrix_power
 from .arrays import to_family
 from .estimators import BaseRFM
-from .kernels import KERNELS, Kernel, KernelMachine, apply_metric, check_metric
+from .kernels import KERNELS, Kernel
+from .machines import KernelMachine
+from .metrics import apply_metric, check_metric
 from .modelfiles import kernel_from_header, kernel_to_header
 from .parameters import Rule, flag, number, one_of, several
 from .solvers import SOLVERS
@@ -45,7 +47,7 @@ RULES = {
                        numbers.Integral, none=True),
 }
 
-# %% ../nbs/workshop/kernelrfm.ipynb #58a594c2
+# %% ../nbs/workshop/kernelrfm.ipynb #f2ae398e
 class KernelRFM(BaseRFM):
     "A Recursive Feature Machine on rows; see `RFMRegressor` for the parameters."
 
@@ -70,9 +72,13 @@ class KernelRFM(BaseRFM):
         raise ValueError(f"diag=True and metric={self.metric!r} contradict each other; "
                          "pass one of them.")
 
-    def _check_maps(self, d):
-        "ValueError where `d` features are not the maps that the structure asks for."
+    def _check_structure(self, d):
+        "ValueError where the kernel or `d` features do not go with the structure."
         metric = self._metric()
+        kernel, kind = self._kernel(d), "diag" if metric == "separable" else metric
+        if kind not in kernel.metrics:
+            raise ValueError(f"kernel={self.kernel!r} cannot take metric={metric!r}, only "
+                             f"{' or '.join(map(repr, kernel.metrics))}; pass diag=True.")
         if metric in ("full", "diag"): return
         if self.channels is None:
             raise ValueError(f"metric={metric!r} needs channels, the number of maps in a row of X: "
@@ -83,7 +89,7 @@ class KernelRFM(BaseRFM):
 
     def _plan(self, X, c, device, n_val):
         n, d = X.shape
-        self._check_maps(d)
+        self._check_structure(d)
         itemsize = 4 if device.type == "cuda" else X.itemsize
         SOLVERS[self.solver].plan(n, d, c * len(self._regs()), itemsize, self._limit(device),
                                   self._structure(d), self.n_iter)

@@ -9,7 +9,8 @@ __all__ = ['MapRFMRegressor', 'MapRFMClassifier']
 import torch
 
 from .agop import matrix_power
-from .kernels import Kernel, apply_metric
+from .kernels import Kernel
+from .metrics import apply_metric
 from .kernelrfm import RULES, KernelRFM
 from .parameters import one_of
 from .rfm import RFMClassifier, RFMRegressor

@@ -10,7 +10,8 @@ import warnings
 
 import torch
 
-from .kernels import KernelMachine, Radial
+from .kernels import Radial
+from .machines import KernelMachine
 
 _ROWS = 200   # rows looked at: a median needs no more
 

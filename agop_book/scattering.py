@@ -27,11 +27,16 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from .agop import matrix_power
 from .convrfm import CONV_CHECKS, _ConvRFM, check_pairs, ridge_fits
 from .devices import device as pick_device
-from .kernels import KERNELS, Kernel, KernelMachine, Radial, Shared, Points
+from .kernels import KERNELS, Kernel, Radial
+from .machines import KernelMachine
+from .metrics import Shared
+from .points import Points
 from .arrays import as_real, is_count, is_number, to_family
 from .files import check_writable, load_arrays, save_arrays
 from .memory import free_memory, plan
-from .rfm import _RFM, CHECKS, RFMClassifier, RFMRegressor, _kernel, all_or_nothing, check_parameters, fill, gram_rows
+from .book.reproduce import _kernel
+from .parameters import all_or_nothing, check_parameters
+from .rfm import _RFM, CHECKS, RFMClassifier, RFMRegressor, fill, gram_rows
 
 # %% ../nbs/13_scattering.ipynb #b7c35098
 @lru_cache(maxsize=8)

@@ -21,7 +21,10 @@ from agop_book.dense import (
     slopes_product,
     solve_factored,
 )
-from .kernels import KernelMachine, Points, Radial, apply_metric, blocks
+from .kernels import Radial
+from .machines import KernelMachine
+from .metrics import apply_metric
+from .points import Points, blocks
 from .memory import plan
 from .structures import Full
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .kernels import Shared
+from .metrics import Shared
 from .agop import matrix_power
 
 # %% ../nbs/workshop/structures.ipynb #97ba8d0b

@@ -23,7 +23,8 @@ from sklearn.utils.validation import check_consistent_length, check_is_fitted, h
 from .agop import matrix_power
 from .cntk import _check_images
 from .convrfm import _ConvRFM
-from .kernels import Shared, as_tensor, check_metric
+from .arrays import as_tensor
+from .metrics import Shared, check_metric
 from .arrays import as_real, is_number
 from .rfm import _RFM
 

@@ -16,8 +16,11 @@ from sklearn.utils import all_estimators
 
 from agop_book.agop import agop
 from agop_book.convrfm import ConvRFMClassifier, ConvRFMRegressor, DeepRFMClassifier, DeepRFMRegressor
-from agop_book.kernels import NTK, KernelMachine, Laplace, Matern52, Points
-from agop_book.rfm import CholeskySolver, RFMClassifier, RFMRegressor
+from agop_book.kernels import NTK, Laplace, Matern52
+from agop_book.machines import KernelMachine
+from agop_book.points import Points
+from agop_book.rfm import RFMClassifier, RFMRegressor
+from agop_book.solvers import CholeskySolver
 from agop_book.scattering import MapRFMClassifier, MapRFMRegressor
 from agop_book.transfer import TransferRFM
 

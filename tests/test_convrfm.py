@@ -16,8 +16,19 @@ from sklearn.preprocessing import FunctionTransformer
 import agop_book.convrfm as convrfm
 from agop_book.agop import matrix_power
 from agop_book.cntk import CNTK, patch_agop
-from agop_book.convrfm import (ConvRFMClassifier, ConvRFMRegressor, DeepRFMClassifier, DeepRFMRegressor, conv_rounds, convolve, draw_filters, next_metric, noisy_frames,
-                               ridge_fits, seen_through, stars)
+from agop_book.convrfm import (
+    ConvRFMClassifier,
+    ConvRFMRegressor,
+    DeepRFMClassifier,
+    DeepRFMRegressor,
+    conv_rounds,
+    noisy_frames,
+    ridge_fits,
+    stars,
+)
+from agop_book.deeprfm import draw_filters
+from agop_book.imagerfm import next_metric
+from agop_book.images import convolve, seen_through
 
 FIXTURE = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "cntk_fixture.npz"
 ESTIMATORS = [ConvRFMClassifier, ConvRFMRegressor, DeepRFMClassifier, DeepRFMRegressor]

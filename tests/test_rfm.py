@@ -19,8 +19,12 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from agop_book.book.data import low_rank
-from agop_book.kernels import Gaussian, KERNELS, KernelMachine, Laplace, Matern52, NTK, Points
-from agop_book.rfm import CholeskySolver, RFMClassifier, RFMRegressor, cholesky_, fill, plan_memory, rounds, slopes_product
+from agop_book.kernels import Gaussian, KERNELS, Laplace, Matern52, NTK
+from agop_book.machines import KernelMachine
+from agop_book.points import Points
+from agop_book.dense import cholesky_, slopes_product
+from agop_book.rfm import RFMClassifier, RFMRegressor, fill
+from agop_book.solvers import CholeskySolver, plan_memory, rounds
 
 
 @parametrize_with_checks([RFMRegressor(), RFMClassifier(), RFMRegressor(diag=True), RFMClassifier(kernel="ntk")])
@@ -323,7 +327,8 @@ def test_peak_memory_is_what_was_planned():
     "Resident memory grows by no more than the plan says (n = 4,000: one 122 MiB buffer)."
     code = """
 import threading, time, numpy as np, psutil
-from agop_book.rfm import RFMRegressor, plan_memory
+from agop_book.rfm import RFMRegressor
+from agop_book.solvers import plan_memory
 rng, me, peak, done = np.random.default_rng(0), psutil.Process(), 0, False
 X = rng.normal(size=(300, 50)); RFMRegressor(n_iter=1).fit(X, X[:, 0])
 X = rng.normal(size=(4000, 50)); before = me.memory_info().rss

@@ -19,7 +19,9 @@ from safetensors.numpy import save_file
 from agop_book import memory
 from agop_book.book.data import load
 from agop_book.files import load_arrays, save_arrays
-from agop_book.kernels import KERNELS, KernelMachine, Laplace, Matern52, Points
+from agop_book.kernels import KERNELS, Laplace, Matern52
+from agop_book.machines import KernelMachine
+from agop_book.points import Points
 from agop_book.rfm import RFMRegressor
 from agop_book.scattering import MapRFMClassifier, MapRFMRegressor, MapScaler, RowSpan, Scattering, gradient_gram, map_rounds, paths, scatter, wavelet_disk, weigh
 

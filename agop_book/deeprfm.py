@@ -33,7 +33,7 @@ def draw_filters(M: torch.Tensor,           # (p, p), on patches ordered (channe
         filters = torch.from_numpy(draws).to(filters) @ filters
     return filters.unflatten(1, (channels, side, side))
 
-# %% ../nbs/workshop/deeprfm.ipynb #05f00b3b
+# %% ../nbs/workshop/deeprfm.ipynb #ca6861c1
 @dataclass(frozen=True)
 class LayeredMachine:
     "A machine on the maps that come out of some layers."
@@ -95,7 +95,8 @@ class DeepImageRFM(ImageRFM):
             if best is None or np.isnan(score) or score > best[0]:
                 kept = self.machine_, torch.from_numpy(self.M_), self.best_round_
                 best = score, self._layers, kept
-            if layer + 1 == self.depth: break
+            if layer + 1 == self.depth:
+                break
             filters = draw_filters(torch.from_numpy(self.M_).to(X), X.shape[1], self.width, rng)
             self._layers, M = [*self._layers, filters], None
             X, choose = self._through(filters, X), self._choice_through(filters, choose)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['gram_and_slopes_', 'cholesky_', 'solve_factored', 'slopes_product', 'slopes_rows', 'gradient_gram_rows']
 
-# %% ../nbs/workshop/dense.ipynb #1493dd8d
+# %% ../nbs/workshop/dense.ipynb #59ddb5e0
 import torch
 
 from .kernels import Kernel

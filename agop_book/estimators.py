@@ -32,7 +32,7 @@ from .outcome import warn_of_nothing_learned
 from .parameters import all_or_nothing, check_parameters
 from .solvers import BestAt, first, rounds
 
-# %% ../nbs/workshop/estimators.ipynb #01e18ff8
+# %% ../nbs/workshop/estimators.ipynb #ec5be7c3
 class Data(NamedTuple):
     "Checked data of one fit."
     X: np.ndarray              # training rows
@@ -64,7 +64,7 @@ class BaseRFM(Saved, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         raise NotImplementedError
 
     def _first_metric(self, M, X):
-        "A given matrix of round 0, checked, where the training tensor `X` is; None is the identity."
+        "A given matrix of round 0, checked, where the tensor `X` is; None is the identity."
         raise NotImplementedError
 
     def _send(self, rows, dtype, device):
@@ -174,7 +174,7 @@ class BaseRFM(Saved, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
     # --- answers
 
     def kernel_machine(self):
-        "The fitted machine in the coordinates of X, for `agop`'s closed form; None where there is none."
+        "The fitted machine in the coordinates of X, for `agop`; None where there is no closed form."
         check_is_fitted(self, "machine_")
         return self.machine_ if hasattr(self.machine_, "jacobian") else None
 
@@ -195,8 +195,8 @@ class BaseRFM(Saved, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         NotFittedError for a model from a file, which holds the best round only."""
         check_is_fitted(self, "machine_")
         if not hasattr(self, "machines_"):
-            raise NotFittedError(f"this {type(self).__name__} comes from a file, which holds its best "
-                                 "round only; call fit for predictions round by round.")
+            raise NotFittedError(f"this {type(self).__name__} comes from a file, which holds its "
+                                 "best round only; call fit for predictions round by round.")
         rows = self._valid(X)
         for machine in self.machines_:
             yield to_family(self._predicted(self._run(machine, rows)), X)

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['IMAGE_SHAPE', 'ConvMachine', 'next_metric', 'ImageSolver', 'ImageRFM', 'plan_pairs']
 
-# %% ../nbs/workshop/imagerfm.ipynb #33212206
+# %% ../nbs/workshop/imagerfm.ipynb #709da443
 import numbers
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from .agop import matrix_power, top_directions
 from .arrays import to_family
 from .cntk import CNTK, patch_agop
 from .estimators import BaseRFM
-from .images import convolve, image_rows, patch_side, seen_through
+from .images import image_rows, seen_through
 from .kernelrfm import RULES as ROW_RULES
 from .metrics import check_metric
 from .memory import plan
@@ -93,7 +93,7 @@ class ImageSolver(Solver):
         "See `Solver`."
         return next_metric(fit.machine.patch_agop(self.X[self.rows]))
 
-# %% ../nbs/workshop/imagerfm.ipynb #9849d062
+# %% ../nbs/workshop/imagerfm.ipynb #cbf812ce
 def _is_image_shape(v):
     return v is None or len(v) == 3 and all(_COUNT.test(n) for n in v)
 
@@ -137,7 +137,7 @@ class ImageRFM(BaseRFM):
 
     _layers = ()      # filters between the images and the machine, of a deep one
 
-    def kernel(self) -> CNTK:
+    def make_kernel(self) -> CNTK:
         "The kernel of these parameters. ValueError where one of them is no good."
         check_parameters(self, self._rules)
         depth = self.depth - len(self._layers)
@@ -147,7 +147,7 @@ class ImageRFM(BaseRFM):
 
     def _rows(self, X, fitting=False):
         if not fitting: return image_rows(X, self.image_shape_, fitted=True)[0]
-        self.kernel()
+        self.make_kernel()
         rows, self.image_shape_ = image_rows(X, self.image_shape)
         return rows
 
@@ -164,7 +164,7 @@ class ImageRFM(BaseRFM):
     def _solver(self, X, Y):
         rng = check_random_state(self.random_state)
         rows = torch.from_numpy(rng.permutation(len(X))[: self.n_grad]).to(X.device)
-        return ImageSolver(self.kernel(), X, Y, self._regs(), rows)
+        return ImageSolver(self.make_kernel(), X, Y, self._regs(), rows)
 
     def _identity(self, X):
         p = X.shape[1] * self.patch_size**2
@@ -222,7 +222,7 @@ def plan_pairs(n: int,          # training images
                itemsize: int,   # bytes of a number
                limit: float     # bytes that may be used
                ) -> int:
-    "Bytes of a fit with three Gram matrices of pairs; MemoryError, saying what fits, above `limit`."
+    "Bytes of a fit with three Gram matrices; MemoryError, saying what fits, above `limit`."
     def need(n):
         numbers = 3 * n * n + n_val * (n + d + c) + n * (4 * d + 4 * c)
         return itemsize * numbers + 2**28

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RULES', 'KernelRFM']
 
-# %% ../nbs/workshop/kernelrfm.ipynb #5e2b904a
+# %% ../nbs/workshop/kernelrfm.ipynb #f490d14f
 import numbers
 import warnings
 
@@ -47,7 +47,7 @@ RULES = {
                        numbers.Integral, none=True),
 }
 
-# %% ../nbs/workshop/kernelrfm.ipynb #f2ae398e
+# %% ../nbs/workshop/kernelrfm.ipynb #d9dcc8e8
 class KernelRFM(BaseRFM):
     "A Recursive Feature Machine on rows; see `RFMRegressor` for the parameters."
 
@@ -105,8 +105,8 @@ class KernelRFM(BaseRFM):
     def _first_metric(self, M, X):
         wanted = self._identity(X)
         if M is not None and wanted.ndim == 1 != np.ndim(M):
-            raise ValueError(f"M has shape {tuple(np.shape(M))}, but a diagonal takes "
-                             f"({len(wanted)},); pass its diagonal, or metric='full'.")
+            raise ValueError(f"M has shape {tuple(np.shape(M))}, but diag=True takes "
+                             f"({len(wanted)},); pass its diagonal, or diag=False.")
         M = check_metric(M, len(wanted), X)
         return torch.diag(M) if M is not None and M.ndim < wanted.ndim else M
 

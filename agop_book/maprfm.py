@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MapRFMRegressor', 'MapRFMClassifier']
 
-# %% ../nbs/workshop/maprfm.ipynb #fd073f92
+# %% ../nbs/workshop/maprfm.ipynb #9b2c6aa2
 import torch
 
 from .agop import matrix_power

@@ -34,7 +34,7 @@ def kernel_from_header(said   # what `kernel_to_header` gave
     options = {key: value for key, value in said.items() if key != "name"}
     return classes[said["name"]](**options)
 
-# %% ../nbs/workshop/modelfiles.ipynb #449642e4
+# %% ../nbs/workshop/modelfiles.ipynb #f6a16d09
 class Saved:
     "`save` and `load` for an estimator with a `machine_`."
 
@@ -77,7 +77,8 @@ class Saved:
         if isinstance(found, str) and found != cls.__name__:
             raise ValueError(f"{str(path)!r} holds a {found}, not a {cls.__name__}; "
                              f"call {found}.load.")
-        senseless = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+        senseless = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
+                     ValueError)
         try:
             return cls._opened({k: torch.from_numpy(v) for k, v in arrays.items()}, meta)
         except senseless as error:

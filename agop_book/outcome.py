@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['warn_of_nothing_learned']
 
-# %% ../nbs/workshop/outcome.ipynb #5e95bfc2
+# %% ../nbs/workshop/outcome.ipynb #00b5d8ba
 import warnings
 
 import torch
@@ -15,7 +15,7 @@ from .machines import KernelMachine
 
 _ROWS = 200   # rows looked at: a median needs no more
 
-# %% ../nbs/workshop/outcome.ipynb #b70eef18
+# %% ../nbs/workshop/outcome.ipynb #63ebbe24
 def warn_of_nothing_learned(machine,             # a kernel machine
                             M,                   # its final matrix, an array
                             score: float | None  # R2 on the training rows; None in classification
@@ -44,7 +44,7 @@ def _some_rows(machine):
 
 
 def _nearest(machine):
-    "Median kernel of some centres to their nearest neighbour; 1 where that is no matter of distance."
+    "Median kernel of centres to their nearest neighbour; 1 for a kernel not of distances."
     if not _is_radial(machine): return 1.0
     K = machine.kernel(_some_rows(machine), machine.centers, machine.M)
     return float(K.topk(2).values[:, 1].median())

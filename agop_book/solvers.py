@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SOLVERS', 'Fit', 'first', 'BestAt', 'rounds', 'Solver', 'plan_memory', 'CholeskySolver']
 
-# %% ../nbs/workshop/solvers.ipynb #16b45bd0
+# %% ../nbs/workshop/solvers.ipynb #7a533c06
 import math
 import warnings
 from dataclasses import dataclass, replace

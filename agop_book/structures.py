@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STRUCTURES', 'Full', 'Diagonal', 'SharedChannels', 'Separable']
 
-# %% ../nbs/workshop/structures.ipynb #e2c4762d
+# %% ../nbs/workshop/structures.ipynb #58566066
 from dataclasses import dataclass
 
 import torch

@@ -17,9 +17,11 @@ from .arrays import as_real, to_family
 
 _FLOATS = [np.float64, np.float32]
 
-# %% ../nbs/workshop/targets.ipynb #7e846e6f
+# %% ../nbs/workshop/targets.ipynb #509b8d11
 class Regression(RegressorMixin):
-    "Targets `(n,)` or `(n, c)`. Comes first among the bases; the others give `_rows`, `_valid`, `_outputs`."
+    """Targets `(n,)` or `(n, c)`.
+
+    Comes first among the bases; another one gives `_rows`, `_valid` and `_outputs`."""
 
     def _check_fit(self, X, y):
         "Checked rows and targets of a fit; notes whether the targets came as one column."
@@ -77,7 +79,7 @@ class Regression(RegressorMixin):
         "Set what `_file_of_targets` said."
         self._flat = meta["flat"]
 
-# %% ../nbs/workshop/targets.ipynb #a392ed1d
+# %% ../nbs/workshop/targets.ipynb #bf05d5bc
 class Classification(ClassifierMixin):
     "Labels `(n,)` of any kind that compares. Comes first among the bases, as `Regression` does."
 
@@ -105,7 +107,8 @@ class Classification(ClassifierMixin):
         try:
             unknown = np.setdiff1d(y, self.classes_)
         except TypeError as error:
-            raise ValueError(f"y_val cannot be compared with the classes {known}: {error}") from None
+            raise ValueError("y_val cannot be compared with the classes "
+                             f"{known}: {error}") from None
         if not len(unknown): return X, np.searchsorted(self.classes_, y)
         raise ValueError(f"y_val holds the class {unknown.tolist()[0]!r}, which y does not; "
                          f"the classes are {known}.")
@@ -138,7 +141,9 @@ class Classification(ClassifierMixin):
         return to_family(self._predicted(self._outputs(X)), X)
 
     def decision_function(self, X):
-        "The outputs `(m, classes)`; for two classes their difference `(m,)`, positive for the second."
+        """The outputs `(m, classes)`.
+
+        For two classes their difference `(m,)`, positive for the second."""
         f = self._outputs(X)
         return to_family(f[:, 1] - f[:, 0] if f.shape[1] == 2 else f, X)
 

@@ -18,7 +18,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from agop_book.book.data import low_rank
+from agop_book.book.lowrank import low_rank
 from agop_book.kernels import Gaussian, KERNELS, Laplace, Matern52, NTK
 from agop_book.machines import KernelMachine
 from agop_book.points import Points

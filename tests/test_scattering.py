@@ -17,7 +17,7 @@ from kymatio.scattering2d.frontend.torch_frontend import ScatteringTorch2D
 from safetensors.numpy import save_file
 
 from agop_book import memory
-from agop_book.book.data import load
+from agop_book.book.load import load
 from agop_book.files import load_arrays, save_arrays
 from agop_book.kernels import KERNELS, Laplace, Matern52
 from agop_book.metrics import apply_metric

@@ -24,8 +24,7 @@ from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 from .arrays import check_count
-from .book.load import load
-from .book.sources import DataNotFound, data_roots
+from .book.data import DataNotFound, data_roots, load
 from .devices import device
 from .book.figures import pick
 from .book.mlps import trained

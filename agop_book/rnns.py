@@ -222,7 +222,7 @@ def char_task(
     "What chapter 08 trains. Needs skorch."
     from skorch import NeuralNet
     from skorch.callbacks import GradientNormClipping, LRScheduler
-    from agop_book.book.load import load
+    from agop_book.book.data import load
     from agop_book.book.figures import pick
     from agop_book.devices import device
     if task not in ("names", "text"): raise ValueError(f"task={task!r}: choose 'names' or 'text'")

@@ -34,8 +34,7 @@ from torch import nn
 
 import agop_book
 from ..arrays import check_count
-from .load import load
-from .lowrank import low_rank
+from .data import load, low_rank
 from ..devices import device
 from .figures import _bar, out_dir, pick, scale
 from ..files import check_writable, load_arrays, save_arrays, write_atomic

@@ -441,7 +441,7 @@ def _obey(args, chapters_in):
                          force=args.force, chapters_in=chapters_in)
     if args.command == "list": table = listing(args.out, chapters_in)
     else:
-        from agop_book.book.load import available
+        from agop_book.book.data import available
         table = available()
     _print_table(table)
     return 0

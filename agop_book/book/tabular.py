@@ -48,10 +48,8 @@ from sklearn.svm import SVC
 
 from ..arrays import as_real
 from ..arrays import check_count
-from .load import load
-from .sources import DataNotFound, UnreadableData
-from .uci import Task, read_task
-from .uci import tasks as found_tasks
+from .data import DataNotFound, Task, UnreadableData, load, read_task
+from .data import tasks as found_tasks
 from .figures import _append, _bar, _check_results, _finished, steady_output
 from ..files import check_writable, write_atomic
 from ..kernels import KERNELS

@@ -21,7 +21,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, has_fit_parameter
 
 from .agop import matrix_power
-from .cntk import _check_images
+from .images import check_images
 from .convrfm import _ConvRFM
 from .arrays import as_tensor
 from .metrics import Shared, check_metric
@@ -67,7 +67,7 @@ def _frame(learner, X):
     rows, kernel = learner._rows(X, True), learner._first_kernel()
     rows = check_array(rows, dtype=[np.float64, np.float32], ensure_min_samples=2, input_name="X")
     images = learner._images(rows[np.linspace(0, len(rows) - 1, min(len(rows), 64)).astype(int)], "cpu")
-    channels, size = _check_images(kernel, images, "X").shape[1], kernel.patch_size
+    channels, size = check_images(kernel, images, "X").shape[1], kernel.patch_size
     return kernel.patches(images).flatten(0, 2).numpy(), f"patches of X hold {channels} x {size} x {size} = {channels * size**2} numbers (channels, rows, columns)"
 
 

@@ -1,4 +1,5 @@
 """The convolutional NTK: kernels against a slow version and stored reference numbers, gradients against autograd, bad input."""
+import functools
 import math
 import os
 import subprocess
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from agop_book import cntk, memory
-from agop_book.cntk import CNTK, Images, patch_agop, window_sum
+from agop_book import image_tiles, memory, relu_layers
+from agop_book.cntk import CNTK, patch_agop
+from agop_book.images import PreparedImages, window_sum
 
 FIXTURE = Path(__file__).parents[2] / "shared/fixtures/cntk_fixture.npz"
 
@@ -18,7 +20,7 @@ FIXTURE = Path(__file__).parents[2] / "shared/fixtures/cntk_fixture.npz"
 @pytest.fixture(autouse=True)
 def never_compile(monkeypatch):
     "Nothing here is large enough to wait for a compiler."
-    monkeypatch.setattr(cntk, "compiled_layers", lambda: pytest.fail("a small call asked for the compiler"))
+    monkeypatch.setattr(image_tiles, "compiled_layers", lambda: pytest.fail("a small call asked for the compiler"))
 
 
 def slow_cntk(x, z, kernel, M=None):
@@ -146,11 +148,11 @@ def test_the_largest_images_that_single_precision_holds_are_right():
 
 MEASURE = """
 import gc, sys, threading, time, psutil, torch
-import agop_book.cntk as module
+import agop_book.image_tiles as module, agop_book.image_gradients as other
 from agop_book.cntk import CNTK, patch_agop
 what, n, m, size = sys.argv[1], *map(int, sys.argv[2:])
 plans, plan = [], module.plan
-module.plan = lambda need, *a, **k: plans.append(plan(need, *a, **k))
+module.plan = other.plan = lambda need, *a, **k: plans.append(plan(need, *a, **k))
 calls = {"gram": lambda x, z: CNTK()(x, z), "symmetric": lambda x, z: CNTK()(x), "agop": lambda x, z: patch_agop(CNTK(), x, z, torch.rand(len(z), 1))}
 calls[what](torch.rand(2, 3, 9, 9), torch.rand(2, 3, 9, 9))
 x, z = torch.rand(n, 3, size, size), torch.rand(m, 3, size, size)
@@ -189,8 +191,8 @@ def test_images_too_large_for_memory_are_refused_before_the_work(monkeypatch):
 def test_many_tiles_give_what_one_tile_gives(monkeypatch):
     x, z = torch.rand(37, 2, 9, 8, dtype=torch.float64), torch.rand(23, 2, 9, 8, dtype=torch.float64)
     K, L, g = CNTK(2)(x, z), CNTK(2)(x), CNTK(2).gradient(x, z, torch.ones(23))
-    monkeypatch.setattr(cntk, "CONV_TILE", {"cpu": (4, 1)})
-    monkeypatch.setattr(cntk, "SIDE", 1)
+    monkeypatch.setattr(image_tiles, "_TILE", {"cpu": (4, 1)})
+    monkeypatch.setattr(image_tiles, "_PREPARED", 1)
     assert torch.allclose(CNTK(2)(x, z), K, rtol=1e-12) and torch.allclose(CNTK(2)(x), L, rtol=1e-12)
     assert torch.allclose(CNTK(2).gradient(x, z, torch.ones(23)), g, atol=1e-12)
 
@@ -312,10 +314,10 @@ def test_more_pairs_than_memory(monkeypatch):
 def test_only_large_calls_ask_for_the_compiler_and_without_one_stay_as_they_are(monkeypatch):
     x, asked = torch.rand(20, 1, 9, 9), []
     K = CNTK()(x)
-    monkeypatch.setattr(cntk, "compiled_layers", lambda: asked.append(1))        # None: no compiler
-    monkeypatch.setattr(cntk, "COMPILE_FROM", 20 * 20 * 49 * 3 // 2 + 1)
+    monkeypatch.setattr(image_tiles, "compiled_layers", lambda: asked.append(1))        # None: no compiler
+    monkeypatch.setattr(image_tiles, "_COMPILE_FROM", 20 * 20 * 49 * 3 // 2 + 1)
     assert torch.equal(CNTK()(x), K) and not asked
-    monkeypatch.setattr(cntk, "COMPILE_FROM", 20 * 20 * 49 * 3 // 2 - 1)
+    monkeypatch.setattr(image_tiles, "_COMPILE_FROM", 20 * 20 * 49 * 3 // 2 - 1)
     assert torch.equal(CNTK()(x), K) and asked
     asked.clear()
     CNTK()(x.double())
@@ -326,17 +328,20 @@ def test_a_missing_compiler_is_no_error(monkeypatch):
     monkeypatch.undo()
     def broken(*args, **options): raise RuntimeError("no compiler")
     monkeypatch.setattr(torch, "compile", lambda f, **options: broken)
-    cntk.compiled_layers.cache_clear()
-    try: assert cntk.compiled_layers() is None
-    finally: cntk.compiled_layers.cache_clear()
+    relu_layers.compiled_layers.cache_clear()
+    try:
+        assert relu_layers.compiled_layers() is None
+    finally:
+        relu_layers.compiled_layers.cache_clear()
 
 
 def test_the_compilers_version_of_a_layer_is_the_same_function():
     kernel, x = CNTK(3), torch.rand(6, 2, 11, 10)
-    side = Images.of(kernel, x)
-    layers = [lambda *a: cntk._first_layer(*a, cntk._fused_relu), lambda *a: cntk._next_layer(*a, cntk._fused_relu)]
-    for plain, fused in zip(cntk._recursion(kernel, side[:3], side[3:]), cntk._recursion(kernel, side[:3], side[3:], layers)):
-        assert torch.allclose(plain, fused, rtol=1e-5)
+    side = PreparedImages.of(kernel, x)
+    layers = [functools.partial(layer, relu=relu_layers.fused_relu) for layer in relu_layers.PLAIN]
+    plain, fused = kernel.forward(side[:3], side[3:]), kernel.forward(side[:3], side[3:], layers)
+    for a, b in zip(plain, fused):
+        assert torch.allclose(a, b, rtol=1e-5)
 
 
 def smooth_images():

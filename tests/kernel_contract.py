@@ -4,6 +4,7 @@
 of the package's own formulas is in it. `KernelContract` is inherited in `tests/test_kernels.py`,
 which runs it for every kernel of `KERNELS`; a test of a kernel of one's own can inherit it too.
 """
+
 import dataclasses
 import math
 
@@ -11,8 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from agop_book.kernels import (KERNELS, NTK, Gaussian, GeneralizedExponential, L1Laplace, Laplace,
-                               Matern32, Matern52)
+from agop_book.kernels import (
+    KERNELS,
+    NTK,
+    Gaussian,
+    GeneralizedExponential,
+    L1Laplace,
+    Laplace,
+    Matern32,
+    Matern52,
+)
 from agop_book.machines import KernelMachine
 from agop_book.metrics import METRICS, Shared
 from agop_book.points import COLUMNS, TILE, Points
@@ -45,11 +54,12 @@ def matern52(kernel, p, q, M):
     return (1 + s + s**2 / 3) * torch.exp(-s)
 
 
-FORMULAS = {   # class: k(kernel, p, q, M) for points `(d,)` and M `(d, d)`
+FORMULAS = {  # class: k(kernel, p, q, M) for points `(d,)` and M `(d, d)`
     Laplace: lambda k, p, q, M: torch.exp(-distance(p, q, M) / k.bandwidth),
     Gaussian: lambda k, p, q, M: torch.exp(-((p - q) @ M @ (p - q)) / (2 * k.bandwidth**2)),
-    GeneralizedExponential:
-        lambda k, p, q, M: torch.exp(-((distance(p, q, M) / k.bandwidth) ** k.exponent)),
+    GeneralizedExponential: lambda k, p, q, M: torch.exp(
+        -((distance(p, q, M) / k.bandwidth) ** k.exponent)
+    ),
     Matern32: matern32,
     Matern52: matern52,
     NTK: ntk,
@@ -96,8 +106,10 @@ def slow_gram(kernel, x, z, M):
 
 def slow_jacobian(kernel, x, z, coef, M):
     "Gradients `(n, c, d)` of the sum over `z`, by automatic differentiation of the formula."
+
     def f(p):
         return slow_gram(kernel, p[None], z, M)[0] @ coef
+
     return torch.stack([torch.autograd.functional.jacobian(f, p) for p in x])
 
 
@@ -173,7 +185,7 @@ class KernelContract:
             pytest.skip("the kernel knows where the origin is")
         x, t = normal(20, 4), torch.tensor([1000.0, -500.0, 0.0, 3.0])
         assert relative(kernel(x + t, M=M), kernel(x, M=M)) < 1e-9
-        single = (x + t).float()                                    # exact in double precision
+        single = (x + t).float()  # exact in double precision
         assert relative(kernel(single, M=M).double(), kernel(single.double(), M=M)) < 1e-5
 
     def test_a_metric_that_it_cannot_take_is_an_error(self, kernel):

@@ -1,4 +1,5 @@
 """Kernels: the contract for every registered one, and what is particular to some; bad input."""
+
 import warnings
 from dataclasses import dataclass
 
@@ -11,8 +12,15 @@ from hypothesis import strategies as st
 from kernel_contract import EVERY_KERNEL, FORMULAS, MORE, KernelContract, normal, slow_gram
 
 from agop_book.arrays import as_tensor
-from agop_book.kernels import (KERNELS, NTK, Gaussian, GeneralizedExponential, Kernel, L1Laplace,
-                               Laplace)
+from agop_book.kernels import (
+    KERNELS,
+    NTK,
+    Gaussian,
+    GeneralizedExponential,
+    Kernel,
+    L1Laplace,
+    Laplace,
+)
 from agop_book.machines import KernelMachine
 from agop_book.metrics import METRICS, check_metric
 
@@ -51,28 +59,38 @@ def test_a_kernel_says_what_it_lacks():
 
 def psd(rng, d, form):
     B = rng.normal(size=(d, d))
-    forms = {"none": None, "diag": rng.random(d) + 0.1, "full": B @ B.T / d,
-             "low rank": B[:, :1] @ B[:, :1].T}
+    forms = {
+        "none": None,
+        "diag": rng.random(d) + 0.1,
+        "full": B @ B.T / d,
+        "low rank": B[:, :1] @ B[:, :1].T,
+    }
     return forms[form]
 
 
 def taken(kernel):
     "Forms of M that the kernel takes."
-    return ["none", "diag", "full", "low rank"][:4 if "full" in kernel.metrics else 2]
+    return ["none", "diag", "full", "low rank"][: 4 if "full" in kernel.metrics else 2]
 
 
 @every_kernel
 @settings(deadline=None, max_examples=25)
-@given(n=st.integers(1, 5), m=st.integers(1, 5), d=st.integers(1, 6), which=st.integers(0, 3),
-       seed=st.integers(0, 10**6))
+@given(
+    n=st.integers(1, 5),
+    m=st.integers(1, 5),
+    d=st.integers(1, 6),
+    which=st.integers(0, 3),
+    seed=st.integers(0, 10**6),
+)
 def test_gram_matrix_of_any_shape(kernel, n, m, d, which, seed):
     rng, forms = np.random.default_rng(seed), taken(kernel)
     x, z = rng.normal(size=(n, d)), rng.normal(size=(m, d))
     M = psd(rng, d, forms[which % len(forms)])
     got = kernel(x, z, M)
     assert isinstance(got, np.ndarray) and got.shape == (n, m)
-    exact = slow_gram(kernel, torch.from_numpy(x), torch.from_numpy(z),
-                      None if M is None else torch.from_numpy(M))
+    exact = slow_gram(
+        kernel, torch.from_numpy(x), torch.from_numpy(z), None if M is None else torch.from_numpy(M)
+    )
     # near coincidence r is only as exact as the square root of the rounding of r^2
     rough = getattr(kernel, "exponent", 1) < 1
     np.testing.assert_allclose(got, exact, atol=1e-5 if rough else 1e-6)
@@ -211,7 +229,7 @@ def test_ntk_at_the_origin_and_along_a_ray():
     x = torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0], [-1.0, 0.0]], dtype=f64)
     machine, K = KernelMachine(NTK(2), x, torch.ones(4)), NTK(2)(x)
     assert torch.isfinite(K).all() and torch.isfinite(machine.jacobian(x)).all()
-    assert K[1, 2] == pytest.approx(6.0, abs=1e-6)                  # |x| |z| (depth + 1)
+    assert K[1, 2] == pytest.approx(6.0, abs=1e-6)  # |x| |z| (depth + 1)
 
 
 def test_read_only_and_strided_arrays():

@@ -15,7 +15,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from .agop import matrix_power
 from .arrays import to_family
-from .images import convolve, patch_side
+from .image_data import convolve, patch_side
 from .imagerfm import ConvMachine, ImageRFM
 from .memory import plan
 from .solvers import BestAt

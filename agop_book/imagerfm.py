@@ -19,7 +19,7 @@ from .agop import matrix_power, top_directions
 from .arrays import to_family
 from .cntk import CNTK, patch_agop
 from .estimators import BaseRFM
-from .images import image_rows, seen_through
+from .image_data import image_rows, seen_through
 from .kernelrfm import RULES as ROW_RULES
 from .metrics import check_metric
 from .memory import plan

@@ -14,9 +14,9 @@ from sklearn.utils import check_array
 
 from .agop import matrix_power
 from .arrays import as_tensor
-from .cntk import check_images
+from .images import check_images
 from .imagerfm import ImageRFM
-from .images import image_rows
+from .image_data import image_rows
 from .metrics import Shared, check_metric
 
 # %% ../nbs/workshop/sources.ipynb #ed5e6d75

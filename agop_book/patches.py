@@ -35,7 +35,7 @@ from .arrays import check_count
 from .book.data import cache_dir, data_roots, load
 from .devices import device
 from .book.figures import pick
-from .book.mlps import _seeded, trained
+from .book.train import seeded as _seeded, trained
 from .nfa import nfa
 
 # %% ../nbs/07_cnns.ipynb #f4ae1a9f

@@ -80,7 +80,7 @@ def in_cache(cache, name, model):
 def test_pretrained_asks_no_network_without_download(tmp_path, monkeypatch, no_network, model):
     from huggingface_hub import constants, file_download
 
-    from agop_book.book.data import DataNotFound
+    from agop_book.book.sources import DataNotFound
     from agop_book.book.language import gpt2_tokens
     from agop_book.tokens import hub_language
 

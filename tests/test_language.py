@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from agop_book.book.data import DataNotFound
+from agop_book.book.sources import DataNotFound
 from agop_book.book.language import (Tokens, gpt2_tokens, shakespeare_gpt2, tinystories_gpt2,
                                      windows, word_tokens)
 from agop_book.hub import load_transformers

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import OneCycleLR
 
 from ..arrays import is_count
-from .data import load
+from .load import load
 from .figures import pick
 from ..devices import device
 

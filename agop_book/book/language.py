@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from ..arrays import check_count
-from .data import DataNotFound, data_roots, load
 from .figures import pick
+from .load import load
 from .models import TokenLoss, gpt2, transformer_net
+from .sources import DataNotFound, data_roots
 from .train import trained
 from ..hub import load_transformers
 

@@ -17,8 +17,9 @@ from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 from ..arrays import check_count
-from .data import load, low_rank
 from .figures import pick
+from .load import load
+from .lowrank import low_rank
 from .mlps import MLP
 from .train import trained
 from ..devices import device

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .acts import conv_matrix, numbers_of, pixels, transposed_matrix
-from .rnns import GRUStep, LSTMStep, RNNStep, explicit
+from .gates import GRUStep, LSTMStep, RNNStep
+from .rnns import explicit
 from .roles import row_blocks
 
 # %% ../nbs/workshop/layers.ipynb #608e5fae

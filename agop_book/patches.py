@@ -37,7 +37,7 @@ from .book.load import load
 from .book.sources import cache_dir, data_roots
 from .devices import device
 from .book.figures import pick
-from .book.mlps import _seeded, trained
+from .book.train import seeded as _seeded, trained
 from .nfa import nfa
 
 # %% ../nbs/07_cnns.ipynb #f4ae1a9f

@@ -27,7 +27,7 @@ from torch import nn
 
 from .agop import matrix_power
 from .arrays import as_real, is_count, is_number
-from .attention import _place, _transformers, minilm_folder, pretrained
+from .hub import load_transformers as _transformers, minilm_folder, model_folder as _place, pretrained
 from .arrays import check_count
 from .nfa import nfa
 
@@ -50,7 +50,7 @@ def _check_ids(ids, body, name="data"):
     "Token numbers as `(n, t)` on the model's device."
     ids = torch.as_tensor(ids)
     if ids.ndim != 2 or not ids.numel() or ids.dtype == torch.bool or ids.is_floating_point(): raise ValueError(f"{name} must hold token numbers (n texts, t positions), got {ids.dtype} of shape {tuple(ids.shape)}; for one text: ids[None]")
-    if name != "ids" and ids.shape[1] > body.wpe.num_embeddings: raise ValueError(f"{name} has texts of {ids.shape[1]} tokens, more than the {body.wpe.num_embeddings} positions of the model: cut them with agop_book.attention.windows")
+    if name != "ids" and ids.shape[1] > body.wpe.num_embeddings: raise ValueError(f"{name} has texts of {ids.shape[1]} tokens, more than the {body.wpe.num_embeddings} positions of the model: cut them with agop_book.book.language.windows")
     if not 0 <= int(ids.min()) <= int(ids.max()) < len(body.wte.weight): raise ValueError(f"{name} has token number {int(ids.max() if ids.max() >= len(body.wte.weight) else ids.min())}, outside the vocabulary of {len(body.wte.weight):,}: use the tokenizer that belongs to the model")
     return ids.to(body.wte.weight.device)
 

@@ -111,8 +111,8 @@ class CifarResNet(nn.Module):
 
 
 def _stage(c_in, c_out, stride, blocks):
-    rest = [_Block(c_out, c_out, 1) for _ in range(blocks - 1)]
-    return nn.Sequential(_Block(c_in, c_out, stride), *rest)
+    first = _Block(c_in, c_out, stride)    # in this order: the weights are drawn one after another
+    return nn.Sequential(first, *[_Block(c_out, c_out, 1) for _ in range(blocks - 1)])
 
 # %% ../../nbs/book/convnets.ipynb #7ade567b
 _RESNETS = {20: "resnet20-12fca82f.th", 32: "resnet32-d509ac18.th", 56: "resnet56-4bfd9763.th"}

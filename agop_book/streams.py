@@ -56,7 +56,7 @@ def check_texts(ids,         # token numbers `(n texts, t positions)`
     if ids.shape[1] <= most: return ids
     raise ValueError(
         f"{name} has texts of {ids.shape[1]} tokens, more than the {most} positions of the model:"
-        " cut them with agop_book.attention.windows"
+        " cut them with agop_book.book.language.windows"
     )
 
 # %% ../nbs/workshop/streams.ipynb #c9cc3998

@@ -217,7 +217,7 @@ def test_pretrained_asks_no_network_without_download(tmp_path, monkeypatch, no_n
     _in_cache(tmp_path, "some/model", model)
     read = pretrained("some/model", "AutoModelForCausalLM")
     assert torch.equal(read.lm_head.weight, model.lm_head.weight)
-    from agop_book.book.hub import hub_language
+    from agop_book.hub import hub_language
     with pytest.raises(FileNotFoundError, match="tokenizer"): hub_language("some/model")
     with pytest.raises(DataNotFound): gpt2_tokens("a b")
     assert not no_network

@@ -16,7 +16,9 @@ from torch import nn
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
 
-from agop_book.attention import Tokens, _transformers, gpt2, minilm_folder, word_tokens
+from agop_book.book.language import Tokens, word_tokens
+from agop_book.book.models import gpt2
+from agop_book.hub import load_transformers as _transformers, minilm_folder
 from agop_book.tokens import (Coloured, Direction, ValueHeads, agreement, colour, hub_language, inputs, logit_root, minilm_words, story_words, text_weights,
                               thematic, token_groups, whole_words)
 

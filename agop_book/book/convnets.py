@@ -22,7 +22,7 @@ from torch import nn
 from ..arrays import check_count
 from .data import DataNotFound, cache_dir, data_roots, load
 from .figures import pick
-from .mlps import _seeded, trained
+from .train import seeded, trained
 from ..devices import device
 from ..files import UnreadableData
 
@@ -128,7 +128,7 @@ def cifar_resnet(depth: int = 20,         # 20, 32 or 56 with trained weights
     """ResNet with the CIFAR-10 weights of Y. Idelbayev's pytorch_resnet_cifar10.
 
     Raises DataNotFound where they are absent, ValueError for a depth that has none."""
-    with _seeded(random_state):
+    with seeded(random_state):
         net = CifarResNet(depth)
     if not pretrained: return net.eval()
     if depth not in _RESNETS:
@@ -158,7 +158,7 @@ def squeezenet(pretrained: bool = True,  # False: freshly initialised
     """Convolutions of torchvision's SqueezeNet 1.1, averaged over positions.
 
     With ImageNet weights converted from Keras; raises DataNotFound where they are absent."""
-    with _seeded(random_state):
+    with seeded(random_state):
         features = _torchvision_models().squeezenet1_1().features
     if pretrained:
         state = read_weights("squeezenet1_1_features_from_keras.pth")
@@ -281,7 +281,7 @@ def _imagenet_model(name, pretrained, download, seed):
         raise DataNotFound(
             f"no weights of {name} at {file}: pass download=True, or get {weights.url}"
         )
-    with _seeded(seed):
+    with seeded(seed):
         net = models.get_model(name, weights=weights if pretrained else None)
     how = weights.transforms()
     return nn.Sequential(OrderedDict(pixels=Pixels(how.mean, how.std), net=net)).eval()

@@ -20,8 +20,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.utils import check_random_state
 
 from ..arrays import as_real
-from ..attention import minilm_folder
 from .figures import PALETTE
+from ..hub import minilm_folder
 from ..streams import value_inputs
 
 # %% ../../nbs/book/words.ipynb #65678c46

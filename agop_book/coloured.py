@@ -73,7 +73,8 @@ class Coloured:
 # %% ../nbs/workshop/coloured.ipynb #50a0f50a
 def _lay_out(coloured, columns):
     "Cells (row, column, part of a piece, its weight), and the number of rows."
-    cells, row, column = [], 0, 0
+    cells = []
+    row, column = 0, 0
     for piece, weight in zip(coloured.pieces, coloured.weights):
         for i, line in enumerate(piece.split("\n")):
             if i:

@@ -38,7 +38,8 @@ def check_tokens(ids,         # token numbers `(n texts, t positions)`
             f"{name} must hold token numbers (n texts, t positions), got {ids.dtype} of shape"
             f" {tuple(ids.shape)}; for one text: ids[None]"
         )
-    vocabulary, low, high = len(body.wte.weight), int(ids.min()), int(ids.max())
+    low, high = int(ids.min()), int(ids.max())
+    vocabulary = len(body.wte.weight)
     if low < 0 or high >= vocabulary:
         raise ValueError(
             f"{name} has token number {high if high >= vocabulary else low}, outside the"

@@ -23,7 +23,8 @@ class Reader(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.tags, self.text, self.titles = [], "", []
+        self.tags, self.titles = [], []
+        self.text = ""
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)

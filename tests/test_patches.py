@@ -76,7 +76,8 @@ PADS = {
 
 def by_hand(u, conv, matrix):
     "sqrt(u^T matrix u) for every patch: pad as the layer does, cut out the patches one by one."
-    pad, (h, w), (a, b) = PADS[conv.padding_mode], u.shape[2:], conv.kernel_size
+    pad = PADS[conv.padding_mode]
+    (h, w), (a, b) = u.shape[2:], conv.kernel_size
     (top, bottom), (left, right) = padding_of(conv)
     (dy, dx), (sy, sx) = conv.dilation, conv.stride
     rows = []
@@ -178,7 +179,8 @@ class Spare(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.a, self.spare, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 3)
+        self.a, self.spare = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+        self.b = nn.Conv2d(4, 2, 3)
 
     def forward(self, x):
         return F.conv2d(torch.tanh(self.a(x)), self.b.weight).mean((2, 3))

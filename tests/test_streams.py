@@ -31,7 +31,8 @@ def heard(model, layer, ids):
 
 def test_what_is_read_of_tokens(model):
     body = model.transformer
-    E, P, norm = body.wte.weight, body.wpe.weight, body.h[1].ln_1
+    E, P = body.wte.weight, body.wpe.weight
+    norm = body.h[1].ln_1
     assert torch.allclose(value_inputs(model, [3, 1])[1], norm(E[[3, 1]] + P.mean(0)))
     text = torch.tensor([[3, 1, 3], [1, 1, 0]])
     seen = heard(model, 1, text)

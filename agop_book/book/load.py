@@ -72,7 +72,7 @@ def _read(row, request, n, random_state):
     try:
         samples = row.read(request)
         rows = _wanted(row, request, samples.n, n, random_state)
-        return samples, *samples.take(rows)
+        x, y = samples.take(rows)
     except (SubsetError, UnreadableData, ImportError, MemoryError):
         raise
     except Exception as error:  # whatever a reader of a foreign format raises on damaged input
@@ -80,6 +80,11 @@ def _read(row, request, n, random_state):
             f"{request.name}: cannot read {request.where()}: {type(error).__name__}: {error};"
             " get the files again"
         ) from error
+    if len(x) == len(rows): return samples, x, y
+    raise UnreadableData(
+        f"{request.where()}: {len(x):,} samples for the {len(rows):,} that were wanted:"
+        " get it again, or mend its reader"
+    )
 
 
 def _wanted(row, request, total, n, random_state):

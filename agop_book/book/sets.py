@@ -16,10 +16,10 @@ from .sources import Url
 from .texts import documents, help_topics, surnames, syllables
 from .uci import TASK_FILES, TASK_FOLDERS, task_table, tasks
 
-# %% ../../nbs/book/sets.ipynb #4035b2ba
+# %% ../../nbs/book/sets.ipynb #e2ce113e
 SETS: dict[str, Row] = {}
 
-# %% ../../nbs/book/sets.ipynb #b645cfd7
+
 def _bundled(name, n):
     "Row of a table of scikit-learn."
     read = partial(bundled, loader=f"load_{name}")

@@ -28,7 +28,8 @@ from sklearn.utils import check_random_state
 from tqdm import tqdm
 
 from .arrays import as_tensor, is_count, is_number, as_real
-from .kernels import TILE, KernelMachine, blocks
+from .machines import KernelMachine
+from .points import TILE, blocks
 from .memory import plan
 
 # %% ../nbs/02_agop.ipynb #895c13a3

@@ -28,7 +28,7 @@ def head_weight(model,      # a GPT-2
     weight = model.transformer.h[layer].attn.c_attn.weight.detach()
     return weight[:, head_rows(model, kind, head)].T
 
-# %% ../nbs/09_transformers.ipynb #5a5a1142
+# %% ../nbs/09_transformers.ipynb #1efeb4e0
 def deltas(model,   # a GPT-2
            ids):    # (n, t) token numbers
     """Yields, for each output of each text, the gradients at the outputs of all `c_attn`.
@@ -46,7 +46,7 @@ def deltas(model,   # a GPT-2
     for output in logits.sum(0).flatten():      # one backward pass serves all texts
         yield torch.autograd.grad(output, seen, retain_graph=True)
 
-
+# %% ../nbs/09_transformers.ipynb #5a5a1142
 def head_moments(model,         # a GPT-2
                  ids            # (n, t) token numbers
                  ) -> torch.Tensor:

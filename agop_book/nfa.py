@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from .agop import _chance, _check_mode, _distributed, _refuse_chance, _steady, _sum, all_or_none
 from .arrays import as_real, as_tensor, is_count, is_number
-from .kernels import blocks
+from .points import blocks
 from .taps import LEFT_OUT, TooLarge, coverage, plan_sums, watching
 
 # %% ../nbs/05_nfa.ipynb #e71fa117

@@ -28,7 +28,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import agop_book.agop as module
 from agop_book import memory
 from agop_book.agop import AGOP, Sketch, agop, choose_steps, cosine, differences, matrix_power, pearson, pullbacks, random_signs, top_directions
-from agop_book.kernels import NTK, Gaussian, KernelMachine, Laplace, Matern52
+from agop_book.kernels import NTK, Gaussian, Laplace, Matern52
+from agop_book.machines import KernelMachine
 from agop_book.rfm import RFMRegressor
 
 f64 = torch.float64
@@ -402,7 +403,8 @@ def test_squares_outside_of_single_precision(scale):
 MEASURE = """
 import gc, sys, threading, time, numpy as np, psutil, torch
 import agop_book.agop as module
-from agop_book.kernels import KernelMachine, Laplace
+from agop_book.kernels import Laplace
+from agop_book.machines import KernelMachine
 way, options, dtype, d = sys.argv[1], {k: {"center": True, "diag": True, "probes": 3}[k] for k in sys.argv[2].split()}, getattr(torch, sys.argv[3]), int(sys.argv[4])
 plans, plan = [], module.plan
 module.plan = lambda need, *a, **k: plans.append(plan(need, *a, **k))

@@ -12,7 +12,9 @@ from data_files import digits_files, empty_root, picture, pixels, rng, write
 from PIL import Image
 
 from agop_book.book import images, readers
-from agop_book.book.data import available, load, low_rank, read_task, tasks
+from agop_book.book.load import available, load
+from agop_book.book.lowrank import low_rank
+from agop_book.book.uci import read_task, tasks
 from agop_book.book.samples import Row, Samples, SubsetError
 from agop_book.book.sets import SETS
 from agop_book.book.sources import DataNotFound, UnreadableData

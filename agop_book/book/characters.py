@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import OneCycleLR
 
 from ..arrays import is_count
-from .data import load
+from .load import load
 from .figures import pick
 from ..devices import device
 
@@ -38,7 +38,7 @@ def char_codes(texts,                    # strings
     rows = [[code.get(c, 1) for c in text[:length]] for text in texts]
     return torch.tensor([row + [0] * (length - len(row)) for row in rows])
 
-# %% ../../nbs/book/characters.ipynb #0d3db1da
+# %% ../../nbs/book/characters.ipynb #0594064e
 _KINDS = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 
 
@@ -75,21 +75,21 @@ class CharRNN(nn.Module):
             h = h[torch.arange(len(x), device=x.device), last]
         return self.head(h)
 
-
+# %% ../../nbs/book/characters.ipynb #08ff0480
 def _check_sizes(**sizes):
     "ValueError for a size that is no count; `outputs` and `embed` may be None."
     for name, value in sizes.items():
         if value is None and name in ("outputs", "embed"): continue
         if not is_count(value): raise ValueError(f"{name}={value!r}: must be an integer >= 1")
 
-
+# %% ../../nbs/book/characters.ipynb #0d3db1da
 class CharLoss(nn.CrossEntropyLoss):
     "Cross-entropy of scores `(..., classes)`, averaged over samples and positions."
 
     def forward(self, scores, y):
         return super().forward(scores.flatten(0, -2), y.flatten())
 
-# %% ../../nbs/book/characters.ipynb #9f790508
+# %% ../../nbs/book/characters.ipynb #a66b2bd0
 class CharTask(NamedTuple):
     "`trained(*task[:4])` trains it."
     name: str
@@ -114,7 +114,7 @@ def char_task(task: str,  # "names": the language of a surname; "text": Shakespe
                module__vocab=len(alphabet) + 2, module__outputs=outputs)
     return CharTask(f"{task}-{kind}", net, x, y, x_test, y_test, alphabet, label)
 
-
+# %% ../../nbs/book/characters.ipynb #9f790508
 def _names():
     "Surnames and their languages: (x, y) of both splits, the alphabet, the classes, the label."
     splits = [load("names", "syllables", split=split) for split in ("train", "test")]

@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from ..arrays import check_count
-from .data import DataNotFound, data_roots, load
 from .figures import pick
+from .load import load
 from .models import TokenLoss, gpt2, transformer_net
+from .sources import DataNotFound, data_roots
 from .train import trained
 from ..hub import load_transformers
 
@@ -64,7 +65,7 @@ class Tokens:
         if not unknown: return self.join([self.pieces[i] for i in numbers])
         raise ValueError(f"ids: {unknown[0]} is not one of the token numbers 0 .. {len(self) - 1}")
 
-# %% ../../nbs/book/language.ipynb #32165e4e
+# %% ../../nbs/book/language.ipynb #4e8c6c2e
 _END = "<|endoftext|>"          # between two stories, as GPT-2 has it
 _WORDS = re.compile(re.escape(_END) + r"| ?\w+|\s+(?!\w)|\s|[^\w\s]")
 
@@ -74,7 +75,7 @@ def word_tokens(text: str    # the words that occur in it are the vocabulary
     "Words with the space before them, signs and line breaks of a text."
     return Tokens(text, _WORDS.findall, label="words")
 
-
+# %% ../../nbs/book/language.ipynb #32165e4e
 def gpt2_tokens(text: str,              # the pieces that occur in it are the vocabulary
                 download: bool = False  # may GPT-2's vocabulary be fetched?
                 ) -> Tokens:
@@ -166,7 +167,7 @@ class Language(NamedTuple):
             ids.append(int(torch.multinomial(chances, 1, generator=generator)))
         return self.tokens.decode(ids)
 
-# %% ../../nbs/book/language.ipynb #8f8d1c44
+# %% ../../nbs/book/language.ipynb #c3a6d1a0
 _QUICK = dict(context=32, stride=32, n_layer=2, n_head=2, n_embd=24, batch_size=16, lr=1e-2)
 _SIX = dict(n_layer=6, n_head=6)        # blocks, and heads in each
 
@@ -184,7 +185,7 @@ def shakespeare_gpt2() -> Language:
                            epochs=10, lr=1e-3))
     return _language("gpt2-shakespeare", *texts, Tokens("".join(texts)), train.label, **size)
 
-
+# %% ../../nbs/book/language.ipynb #1d08aa74
 def tinystories_gpt2() -> Language:
     """GPT-2 of 6 layers and 6 heads on TinyStories, sized for the current scale.
 
@@ -202,7 +203,7 @@ def tinystories_gpt2() -> Language:
                            epochs=10, lr=1e-3))
     return _language("gpt2-tinystories", *texts, tokens, train.label, **size)
 
-
+# %% ../../nbs/book/language.ipynb #8f8d1c44
 def _cut(train, test):
     "At quick scale the start of both texts."
     return train[:pick(quick=12_000, book=None)], test[:pick(quick=4_000, book=None)]

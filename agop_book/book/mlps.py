@@ -17,7 +17,7 @@ from ..agop import matrix_power, pearson
 from ..arrays import check_count
 from ..memory import plan
 
-# %% ../../nbs/06_mlps.ipynb #330a87ab
+# %% ../../nbs/06_mlps.ipynb #4fc59ff3
 class Sine(nn.Module):
     "The sine of every entry."
 
@@ -28,7 +28,7 @@ class Sine(nn.Module):
 ACTIVATIONS = {"relu": nn.ReLU, "leaky": nn.LeakyReLU, "tanh": nn.Tanh,
                "sigmoid": nn.Sigmoid, "sine": Sine}
 
-
+# %% ../../nbs/06_mlps.ipynb #330a87ab
 class MLP(nn.Sequential):
     "Fully connected network from `(n, d_in)`, or images with d_in entries, to `(n, d_out)`."
 

@@ -17,8 +17,9 @@ from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 from ..arrays import check_count
-from .data import load, low_rank
 from .figures import pick
+from .load import load
+from .lowrank import low_rank
 from .mlps import MLP
 from .train import trained
 from ..devices import device
@@ -48,7 +49,7 @@ def mlp_task(name: str  # 'mnist', 'svhn', 'cifar10' (or the nearest set here), 
     names = ", ".join([*_IMAGES, "low-rank"])
     raise ValueError(f"name={name!r}: choose one of {names}")
 
-# %% ../../nbs/book/models.ipynb #8b3c1ec0
+# %% ../../nbs/book/models.ipynb #457d34c4
 def _mlp(kind, d_in, d_out, **options):
     "A net of `kind` around an MLP of the current scale."
     return kind(MLP, module__d_in=d_in, module__d_out=d_out, module__depth=3,
@@ -61,7 +62,7 @@ def _mlp(kind, d_in, d_out, **options):
 def _n_train():
     return pick(quick=300, book=2000, paper=50_000)
 
-
+# %% ../../nbs/book/models.ipynb #8b3c1ec0
 def _polynomial():
     d = pick(quick=20, book=100)
     made = low_rank("x1*x2", n=_n_train(), d=d, n_test=2000)[:4]
@@ -129,14 +130,14 @@ def _shares(n_head, n_embd):
     raise ValueError(f"n_embd={n_embd} must be a multiple of n_head={n_head}: each head gets an"
                      " equal share of the coordinates")
 
-# %% ../../nbs/book/models.ipynb #db829692
+# %% ../../nbs/book/models.ipynb #5d9c6d8c
 class TokenLoss(nn.CrossEntropyLoss):
     "Cross-entropy of the `.logits` of a transformers output, in nats per token (or per image)."
 
     def forward(self, output, y):
         return super().forward(output.logits.flatten(0, -2), y.flatten())
 
-
+# %% ../../nbs/book/models.ipynb #db829692
 def transformer_net(module,             # class or function that builds the network
                     n: int,             # number of samples it will be trained on
                     *,

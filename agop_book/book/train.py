@@ -50,7 +50,7 @@ def seeded(random_state: int,   # seeds the generators of torch and numpy
         finally:
             np.random.set_state(outer)
 
-# %% ../../nbs/book/train.ipynb #63531ec7
+# %% ../../nbs/book/train.ipynb #45a1f262
 class Checkpoints(Callback):
     """Keeps all that the next epoch depends on, and takes it up when training begins.
 
@@ -116,7 +116,7 @@ class Checkpoints(Callback):
                     history=json.dumps(_epochs(net)),
                     about=json.dumps(self.about))
 
-
+# %% ../../nbs/book/train.ipynb #63531ec7
 def _schedulers(net):
     "The schedulers of the learning rate among a net's callbacks."
     found = [getattr(callback, "lr_scheduler_", None) for _, callback in net.callbacks_]
@@ -146,14 +146,14 @@ class _Progress(Callback):
     def on_train_end(self, net, **kwargs):
         self.bar.close()
 
-# %% ../../nbs/book/train.ipynb #5d7a49f8
+# %% ../../nbs/book/train.ipynb #53657358
 class Trained(NamedTuple):
     "A network after training and before, both in eval mode and on the net's device."
     module: nn.Module
     initial: nn.Module
     history: pd.DataFrame   # one row per epoch
 
-
+# %% ../../nbs/book/train.ipynb #48f052a3
 def trained(
     name: str,       # names the file of the weights, out_dir()/weights/NAME-SCALE.safetensors
     net: NeuralNet,  # not initialised, with every hyperparameter; its module is a class or function
@@ -187,7 +187,7 @@ def trained(
     events = history.columns.str.contains("_best$|_count$|^event_")
     return Trained(net.module_.eval(), initial, history.loc[:, ~events])
 
-
+# %% ../../nbs/book/train.ipynb #5d7a49f8
 def _check(name, net, random_state):
     "ValueError for what cannot be trained."
     if not re.fullmatch(r"[\w-]{1,100}", str(name)):

@@ -45,7 +45,7 @@ def _damage(path, meta, names):
     known = meta.keys() <= {"about", "history", *names}     # written before files had checksums
     return "" if known else "its header is damaged"
 
-# %% ../../nbs/book/weights.ipynb #aa7416fb
+# %% ../../nbs/book/weights.ipynb #3bd9fac9
 def find_weights(file: str,    # name of the file
                  about: dict,  # the configuration of the training that is asked for
                  names         # of the module's weights, as in its `state_dict`
@@ -58,7 +58,7 @@ def find_weights(file: str,    # name of the file
         if meta: return path, meta
     return None, None
 
-
+# %% ../../nbs/book/weights.ipynb #aa7416fb
 def _usable(path, about, names):
     "The metadata of a file that is whole and fits `about`, else None, with a warning."
     since = float(os.environ.get("AGOP_BOOK_SINCE") or 0)   # set by `agop-book reproduce --force`
@@ -85,7 +85,7 @@ def _refusal(path, meta, about, names):
     if not other: return ""
     return f"{path.name} was trained with other {', '.join(other)}; training anew"
 
-# %% ../../nbs/book/weights.ipynb #7eb1fc39
+# %% ../../nbs/book/weights.ipynb #07d880d4
 _SMALL = 2.5e6      # weights: files with more stay in the output folder, where room is cheap
 _NOTICED = 0.01     # of the norm of the outputs: what rounding may change
 
@@ -114,7 +114,7 @@ def write_weights(path,        # file to write
     finally:
         module.to(next(exact.parameters()).dtype)
 
-
+# %% ../../nbs/book/weights.ipynb #7eb1fc39
 def _outputs(net, batch):
     "What a net makes of a batch; its loss where the outputs are no tensor."
     step = net.validation_step(batch)

@@ -93,16 +93,18 @@ class DeepRFMClassifier(Classification, DeepImageRFM):
     Parameters are those of `DeepRFMRegressor`."""
 
 # %% ../nbs/12_convrfm.ipynb #9ba72474
-def noisy_frames(x: np.ndarray,        # images (n, c, h, w)
-                 size: int = 42,       # side of the frame
-                 noise: float = 0.5,   # standard deviation of the frame
-                 random_state=None     # seed
-                 ) -> np.ndarray:      # (n, c, size, size), float32
+def noisy_frames(
+    x: np.ndarray,  # images (n, c, h, w)
+    size: int = 42,  # side of the frame
+    noise: float = 0.5,  # standard deviation of the frame
+    random_state=None,  # seed
+) -> np.ndarray:  # (n, c, size, size), float32
     "Frames of Gaussian noise, each with one image at a random place."
     n, c, h, w = x.shape
     if size < max(h, w):
-        raise ValueError(f"size={size} is too small for images of {h} x {w}; "
-                         f"take at least {max(h, w)}.")
+        raise ValueError(
+            f"size={size} is too small for images of {h} x {w}; take at least {max(h, w)}."
+        )
     rng = np.random.default_rng(random_state)
     frames = noise * rng.standard_normal((n, c, size, size), dtype=np.float32)
     rows, columns = rng.integers(0, size - h + 1, n), rng.integers(0, size - w + 1, n)

@@ -5,19 +5,21 @@
 # %% auto #0
 __all__ = ['gram_and_slopes_', 'cholesky_', 'solve_factored', 'slopes_product', 'slopes_rows', 'gradient_gram_rows']
 
-# %% ../nbs/workshop/dense.ipynb #59ddb5e0
+# %% ../nbs/workshop/dense.ipynb #11fcccc8
 import torch
 
 from .kernels import Kernel
 from .points import Points, blocks
 
-# %% ../nbs/workshop/dense.ipynb #c0cba4ee
+# %% ../nbs/workshop/dense.ipynb #6e9b8e15
 def gram_and_slopes_(buf: torch.Tensor,    # (n, n), overwritten
                      kernel: Kernel,       # gives the tiles
                      points: Points,       # the n points
                      slopes: bool = True   # False: leave the strict upper triangle alone
                      ):
-    "Lower triangle of `buf`: the Gram matrix of `points`. Strict upper triangle: the slopes A of `kernel.tile`."
+    """Lower triangle of `buf`: the Gram matrix of `points`.
+
+    Strict upper triangle: the slopes A of `kernel.tile`."""
     for rows in blocks(len(buf)):
         for cols in blocks(rows.start):
             K, A = kernel.tile(points[cols], points[rows], slopes)

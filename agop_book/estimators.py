@@ -32,7 +32,7 @@ from .outcome import warn_of_nothing_learned
 from .parameters import all_or_nothing, check_parameters
 from .solvers import BestAt, first, rounds
 
-# %% ../nbs/workshop/estimators.ipynb #ec5be7c3
+# %% ../nbs/workshop/estimators.ipynb #4a0f0411
 class Data(NamedTuple):
     "Checked data of one fit."
     X: np.ndarray              # training rows
@@ -174,7 +174,7 @@ class BaseRFM(Saved, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
     # --- answers
 
     def kernel_machine(self):
-        "The fitted machine in the coordinates of X, for `agop`; None where there is no closed form."
+        "The fitted machine in the coordinates of X, for `agop`; None without a closed form."
         check_is_fitted(self, "machine_")
         return self.machine_ if hasattr(self.machine_, "jacobian") else None
 

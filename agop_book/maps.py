@@ -74,20 +74,22 @@ class RowSpan(TransformerMixin, BaseEstimator):
         return np.column_stack([inside, distance]).astype(X.dtype)
 
 # %% ../nbs/13_scattering.ipynb #29e5d053
-def wavelet_disk(ax,                    # polar Axes
-                 weights,               # one number per path, as in `scattering_paths`
-                 table: pd.DataFrame,   # of `scattering_paths`
-                 order: int = 1,        # 1 or 2
-                 cmap: str = "viridis", # a matplotlib colour map
-                 vmax=None              # weight with the brightest colour; None: the largest
-                 ):                     # that weight
+def wavelet_disk(
+    ax,  # polar Axes
+    weights,  # one number per path, as in `scattering_paths`
+    table: pd.DataFrame,  # of `scattering_paths`
+    order: int = 1,  # 1 or 2
+    cmap: str = "viridis",  # a matplotlib colour map
+    vmax=None,  # weight with the brightest colour; None: the largest
+):  # that weight
     """Draw the weights of one order on a disk.
 
     Angle = direction of the wave, radius = scale (fine outside); sectors of order 2 are nested in
     those of order 1."""
     part = table.assign(weight=np.asarray(weights, float))
     part = part[part["order"].to_numpy() == order]
-    if part.empty: raise ValueError(f"order={order}: table holds no path of that order.")
+    if part.empty:
+        raise ValueError(f"order={order}: table holds no path of that order.")
     J, L = int(np.nanmax(table[["scale1", "scale2"]])) + 1, table["angle1"].nunique()
     top = vmax or part["weight"].max() or 1.0
     style = dict(edgecolor="white", linewidth=0.1 if order == 2 else 0.6)
@@ -96,7 +98,9 @@ def wavelet_disk(ax,                    # polar Axes
     for path in part.itertuples():
         angle, width, low, height = _sector(path, J, L)
         for turn in (0, math.pi):
-            ax.bar(angle + turn, height, width, low, color=colormaps[cmap](path.weight / top), **style)
+            ax.bar(
+                angle + turn, height, width, low, color=colormaps[cmap](path.weight / top), **style
+            )
     if order == 2:
         for edge in (np.arange(2 * L) + 0.5) * math.pi / L:
             ax.plot([edge] * 2, [0.3, J - 0.7], color="white", lw=1.5)
@@ -111,7 +115,8 @@ def _sector(path, J, L):
     "Angle, width, inner radius and height of a path's sector."
     angle, width = math.radians(path.angle1), math.pi / L
     low = J - 1 - path.scale1
-    if np.isnan(path.scale2): return angle, width, low + 0.3, 1.0
+    if np.isnan(path.scale2):
+        return angle, width, low + 0.3, 1.0
     # theta2 = theta1 stands in the middle of the first wavelet's sector, one ring per scale2
     angle += (((path.angle2 - path.angle1 + 90) % 180) - 90) / 180 * width
     return angle, width / L, low - 1 + (J - 1 - path.scale2) / low + 0.3, 1 / low

@@ -10,9 +10,10 @@ import numpy as np
 from scipy.stats import ortho_group
 
 # %% ../nbs/14_transfer.ipynb #a8fd61ea
-def normalised(M: np.ndarray,   # (p, p), or (p,) a diagonal
-               Z: np.ndarray    # (n, p), what M is applied to: centred rows, or patches
-               ) -> np.ndarray:
+def normalised(
+    M: np.ndarray,  # (p, p), or (p,) a diagonal
+    Z: np.ndarray,  # (n, p), what M is applied to: centred rows, or patches
+) -> np.ndarray:
     """`M` scaled so that the mean of z^T M z over the rows of `Z` is that of z^T z.
 
     ValueError where `M` sees nothing of `Z`."""
@@ -22,9 +23,11 @@ def normalised(M: np.ndarray,   # (p, p), or (p,) a diagonal
     if not plain > 0:
         raise ValueError("X holds the same row again and again: there are no distances to keep.")
     if not seen > 1e-6 * plain * (M if M.ndim == 1 else M.diagonal()).mean():
-        raise ValueError("source puts all its weight on features that do not vary in X, so every "
-                         "distance would be zero; pass identity above 0 and power=0, or another "
-                         "source.")
+        raise ValueError(
+            "source puts all its weight on features that do not vary in X, so every "
+            "distance would be zero; pass identity above 0 and power=0, or another "
+            "source."
+        )
     return M * (plain / seen)
 
 # %% ../nbs/14_transfer.ipynb #17bcb059

@@ -41,10 +41,24 @@ class RFMRegressor(Regression, KernelRFM):
     channels : maps in a row, ordered (channel, position), for "shared" and "separable".
     """
 
-    def __init__(self, kernel="laplace", bandwidth=10.0, n_iter=5, reg=1e-3, diag=False,
-                 center=True, validation_fraction=None, solver="cholesky", warm_start=False,
-                 memory_limit=None, verbose=False, random_state=None, device="auto",
-                 metric="full", channels=None):
+    def __init__(
+        self,
+        kernel="laplace",
+        bandwidth=10.0,
+        n_iter=5,
+        reg=1e-3,
+        diag=False,
+        center=True,
+        validation_fraction=None,
+        solver="cholesky",
+        warm_start=False,
+        memory_limit=None,
+        verbose=False,
+        random_state=None,
+        device="auto",
+        metric="full",
+        channels=None,
+    ):
         self.kernel = kernel
         self.bandwidth = bandwidth
         self.n_iter = n_iter
@@ -70,10 +84,24 @@ class RFMClassifier(Classification, KernelRFM):
     `sklearn.calibration.CalibratedClassifierCV`, which uses `decision_function`.
     """
 
-    def __init__(self, kernel="laplace", bandwidth=10.0, n_iter=5, reg=1e-3, diag=False,
-                 center=False, validation_fraction=None, solver="cholesky", warm_start=False,
-                 memory_limit=None, verbose=False, random_state=None, device="auto",
-                 metric="full", channels=None):
+    def __init__(
+        self,
+        kernel="laplace",
+        bandwidth=10.0,
+        n_iter=5,
+        reg=1e-3,
+        diag=False,
+        center=False,
+        validation_fraction=None,
+        solver="cholesky",
+        warm_start=False,
+        memory_limit=None,
+        verbose=False,
+        random_state=None,
+        device="auto",
+        metric="full",
+        channels=None,
+    ):
         self.kernel = kernel
         self.bandwidth = bandwidth
         self.n_iter = n_iter

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SOLVERS', 'Fit', 'first', 'BestAt', 'rounds', 'Solver', 'plan_memory', 'CholeskySolver']
 
-# %% ../nbs/workshop/solvers.ipynb #7a533c06
+# %% ../nbs/workshop/solvers.ipynb #d049966c
 import math
 import warnings
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ from .points import Points, blocks
 from .memory import plan
 from .structures import Full
 
-# %% ../nbs/workshop/solvers.ipynb #b914bb92
+# %% ../nbs/workshop/solvers.ipynb #3f8a04a4
 class Fit(NamedTuple):
     "A machine fitted for one M and one ridge."
     machine: object             # a `KernelMachine` or the like: rows -> outputs `(m, c)`
@@ -65,14 +65,14 @@ def rounds(solver,         # yields the fits for an M, and makes the next M
            choose=first,   # fits of one round -> the one to go on with
            M=None          # of round 0; None: the identity
            ):
-    "Yields the chosen `Fit` of every round; between two, M becomes the AGOP (paper, section III.B)."
+    "Yields the chosen `Fit` of every round; in between M becomes the AGOP (paper, section III.B)."
     for t in range(n_iter + 1):
         fit = choose(solver.fits(M, last=t == n_iter))
         yield fit
         if t < n_iter:
             M = solver.next_metric(fit)
 
-# %% ../nbs/workshop/solvers.ipynb #869ead3d
+# %% ../nbs/workshop/solvers.ipynb #b9e957bf
 class Solver:
     "Kernel ridge regression for one M after another. Subclasses give `prepare` and `solve`."
 
@@ -106,7 +106,7 @@ class Solver:
         for rows in blocks(len(self.X)):
             J = fit.machine.jacobian(self.X[rows])
             if self.center:
-                origin = J.mean(0) if origin is None else origin    # nearly the mean: no cancellation
+                origin = J.mean(0) if origin is None else origin    # nearly the mean of all
                 J = J - origin
                 mean = mean + J.sum(0) / len(self.X)
             total = total + self.structure.product(J.flatten(0, 1), J.flatten(0, 1))

@@ -82,7 +82,7 @@ def test_pretrained_asks_no_network_without_download(tmp_path, monkeypatch, no_n
 
     from agop_book.book.sources import DataNotFound
     from agop_book.book.language import gpt2_tokens
-    from agop_book.tokens import hub_language
+    from agop_book.hub import hub_language
 
     for module in (constants, file_download):
         monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path), raising=False)

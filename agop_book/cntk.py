@@ -16,7 +16,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .agop import VANISHING, matrix_power
+from .accumulator import VANISHING
+from .agop import matrix_power
 from .arrays import as_tensor, is_count, to_family
 from .kernels import apply_metric, blocks, check_metric
 from .memory import plan

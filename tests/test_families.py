@@ -233,7 +233,7 @@ def measure(name):
 def test_against_the_jacobian(name, monkeypatch):
     needs = FAMILIES[name][1]
     if not has(needs): pytest.skip(f"{needs} is not installed")
-    monkeypatch.setattr(nfa_module, "_compare", lambda *args: {})      # the correlations have tests of their own; roots of large matrices take time
+    monkeypatch.setattr(nfa_module, "compare", lambda *args: {})      # the correlations have tests of their own; roots of large matrices take time
     table = measure(name)
     assert list(table.site[~table.reached]) == (["pooler.dense"] if name == "BERT" else [])     # its output is not among those differentiated
     assert table.error_of_agop.max() < TOLERANCE, table.loc[table.error_of_agop.idxmax()]
@@ -243,7 +243,7 @@ def largest_errors():
     "One row per family: number of weights (heads counted apart) and the largest relative error of an AGOP among them."
     rows = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nfa_module, "_compare", lambda *args: {})
+        patch.setattr(nfa_module, "compare", lambda *args: {})
         for name, (_, needs) in FAMILIES.items():
             if has(needs): rows[name] = {"sites": len(table := measure(name)), "kinds": ", ".join(table.kind.unique()), "largest error": table.error_of_agop.max()}
     return pd.DataFrame.from_dict(rows, orient="index")

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import agop_book.memory
 from agop_book.agop import agop
 from agop_book.nfa import nfa, summary
-from agop_book.taps import watching
+from agop_book.watch import watching
 
 FEW = dict(rotations=0, progress=False, random_state=0)
 

@@ -23,8 +23,8 @@ from sklearn.utils import check_random_state
 from torch import nn
 from tqdm import tqdm
 
-from .agop import _chance, _check_mode, _refuse_chance, _steady
 from .arrays import as_real, as_tensor, is_count, is_number
+from .functions import chance as _chance, check_mode as _check_mode, refuse_chance as _refuse_chance, steady as _steady
 from .kernels import blocks
 from .processes import all_or_none, all_sum as _sum, is_distributed as _distributed
 from .taps import LEFT_OUT, TooLarge, coverage, plan_sums, watching

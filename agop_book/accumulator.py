@@ -206,21 +206,22 @@ class AGOP:
         "`(d, d)`, or `(d,)` with `diag`. ValueError where nothing was added, or half a batch."
         if not self.n: raise ValueError("the accumulator is empty; update it first.")
         self._check_whole()
-        self._warn_vanishing()
+        self._warn_vanishing(3)
         return self.moments.sums.sum(0).div_(self.n * (self.probes or 1))
 
     def finish(self) -> torch.Tensor:
         "`matrix` in the memory of the sums, which are gone afterwards."
-        self._warn_vanishing()
+        self._warn_vanishing(4)
         sums, self.moments = self.moments.sums, None
         total = sums[0] if len(sums) == 1 else sums.sum(0)
         return total.div_(self.n * (self.probes or 1))
 
-    def _warn_vanishing(self):
+    def _warn_vanishing(self, stacklevel):
         "Warn where the squares of all entries are below the range of float64."
         if 0 < self._largest < VANISHING and not (self.moments.sums > 1e-290).any():
             warnings.warn(f"the gradients reach {self._largest:.1e} only: their squares vanish in "
-                          "float64, and the AGOP with them; rescale f or x.", stacklevel=4)
+                          "float64, and the AGOP with them; rescale f or x.",
+                          stacklevel=stacklevel)
 
     @property
     def error(self) -> float:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from .accumulator import VANISHING
-from .agop import matrix_power
+from .matrices import matrix_power
 from .arrays import as_tensor, is_count, to_family
 from .kernels import apply_metric, blocks, check_metric
 from .memory import plan

@@ -19,7 +19,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch.nn.functional import conv2d, fold, pad, unfold
 
 from .arrays import as_real, is_number, to_family
-from .agop import matrix_power, top_directions
+from .matrices import matrix_power, top_directions
 from .cntk import CNTK, patch_agop
 from .devices import device as pick_device
 from .kernels import check_metric

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import torch
 
-from .batches import leading, samples
+from .nested import leading, samples
 from .tensors import each
 
 # %% ../nbs/workshop/outputs.ipynb #125238a2

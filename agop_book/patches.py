@@ -28,7 +28,7 @@ from skorch import NeuralNetClassifier
 from skorch.callbacks import LRScheduler
 from torch import nn
 
-from .agop import matrix_power
+from .matrices import matrix_power
 from .arrays import as_real, is_count, is_number
 from .book.data import DataNotFound, UnreadableData, _open_rgb, _rgb
 from .arrays import check_count

@@ -12,8 +12,8 @@ from itertools import islice
 
 import torch
 
-from .agop import _chance, _refuse_chance
-from .batches import repeat, samples, take
+from .functions import chance, refuse_chance
+from .nested import repeat, samples, take
 from .outputs import blame
 from .processes import all_sum
 from .taps import LEFT_OUT, TooLarge, plan_sums
@@ -200,15 +200,15 @@ class Puller:
     def _forward(self, batch):
         "The outputs of one batch, with every tap marked."
         first = self.taps is None
-        before = _chance() if first else None
+        before = chance() if first else None
         with torch.inference_mode(False), torch.enable_grad():
             with self.watch.listening(batch):
                 y = self.outputs.call(batch)
             y = self.outputs.shaped(y, batch)
         if first:
             self.steady()
-            if _chance() != before:
-                _refuse_chance(self.outputs.model, lambda: self.outputs(batch), y)
+            if chance() != before:
+                refuse_chance(self.outputs.model, lambda: self.outputs(batch), y)
         check_pass(self.watch, y, batch)
         if not self.apart and y.ndim and len(y) > 1:
             check_mixing(self.outputs, batch)

@@ -24,7 +24,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
 from tqdm import tqdm
 
-from .agop import cosine, matrix_power
+from .matrices import cosine, matrix_power
 from .arrays import is_number, to_family, as_real
 from .devices import device as pick_device
 from .files import load_arrays, save_arrays

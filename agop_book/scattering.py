@@ -24,7 +24,7 @@ from kymatio.scattering2d.filter_bank import filter_bank  # kymatio.torch does n
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from .agop import matrix_power
+from .matrices import matrix_power
 from .convrfm import CONV_CHECKS, _ConvRFM, check_pairs, ridge_fits
 from .devices import device as pick_device
 from .kernels import KERNELS, Kernel, KernelMachine, Radial, Shared, Points

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .agop import _check_mode, _steady
 from .arrays import is_count, is_number
-from .batches import batches
 from .coverage import coverage
+from .functions import check_mode, steady
+from .nested import batches
 from .outputs import Outputs
 from .processes import all_or_none, is_distributed
 from .pulling import NO_SITES, EveryOutput, Puller, RandomSigns
@@ -49,15 +49,15 @@ class Sweep:
 
     def collect(self,
                 model: nn.Module,
-                data):             # see `batches`
+                data):             # see `nested.batches`
         "[(name, kind, head, W, sums over n, inner), ...] of every weight, and how much it covers."
-        with all_or_none(self.reduce), _steady(model) as steady:
-            _check_mode(model)
+        with all_or_none(self.reduce), steady(model) as check:
+            check_mode(model)
             together = self.reduce and is_distributed()
             with watching(model, self.only) as watch:
                 weight = _first_weight(watch)
                 seeds = self._seeds(together)
-                puller = Puller(watch, Outputs(model, self.output), seeds, weight.device, steady)
+                puller = Puller(watch, Outputs(model, self.output), seeds, weight.device, check)
                 puller.open()
                 _check_values(model)
                 self._walk(puller, batches(data, self.batch_size, weight))

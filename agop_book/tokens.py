@@ -25,7 +25,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.utils import check_random_state
 from torch import nn
 
-from .agop import matrix_power
+from .matrices import matrix_power
 from .arrays import as_real, is_count, is_number
 from .attention import _place, _transformers, minilm_folder, pretrained
 from .arrays import check_count

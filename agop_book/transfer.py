@@ -20,7 +20,7 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, has_fit_parameter
 
-from .agop import matrix_power
+from .matrices import matrix_power
 from .cntk import _check_images
 from .convrfm import _ConvRFM
 from .kernels import Shared, as_tensor, check_metric

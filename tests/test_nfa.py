@@ -9,7 +9,7 @@ from networks import normal
 from torch import nn
 from torch.nn.utils import parametrize
 
-from agop_book.agop import matrix_power, pearson
+from agop_book.matrices import matrix_power, pearson
 from agop_book.nfa import nfa, plot, summary
 
 FEW = dict(random_state=0, rotations=1, progress=False)

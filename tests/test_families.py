@@ -1,5 +1,6 @@
-"""The sweep on every family of networks that the book names: random weights, tiny instances, float64, against the Jacobian of each weight's input.
+"""The sweep on every family of networks that the book names, against Jacobians.
 
+Random weights, tiny instances, float64; the AGOP at the input of each weight, by autograd.
 `python tests/test_families.py` prints the table of families with the largest error of each."""
 
 import contextlib
@@ -16,6 +17,7 @@ from torch.nn.utils import parametrize
 
 import agop_book.nfa as nfa_module
 from agop_book.nfa import nfa
+from agop_book.tensors import each
 
 TOLERANCE = 1e-8
 
@@ -24,7 +26,7 @@ def has(package):
     return importlib.util.find_spec(package) is not None
 
 
-# --- the other way: each use of each weight gets an input of its own, to which every output is differentiated ---------------------------
+# --- the other way: each use of each weight gets an input of its own -------------------------
 
 
 def weight(m):
@@ -34,66 +36,75 @@ def weight(m):
     return m.weight.detach() if isinstance(m, nn.Linear) else m.weight.detach().T
 
 
-def jacobians(model, batch, sites, output):
-    "AGOP `(d_in, d_in)` of every site: autograd's gradient of each output with respect to a shift of the site's input alone."
-    modules, named, hooks, shifts = dict(model.named_modules()), {}, [], [[] for _ in sites]
-    for i, site in enumerate(sites):
-        named.setdefault(site.name, []).append(i)
+class Shifts:
+    "Zeros added to the input of every use of every site: `leaves` of one site, of all its uses."
 
-    def moved(
-        rows, W, spread, like
-    ):  # what the shifts of the heads in `rows` add to the output of one use
+    def __init__(self, sites):
+        self.leaves, self.rows = [[] for _ in sites], {}
+        for i, site in enumerate(sites):
+            self.rows.setdefault(site.name, []).append(i)
+
+    def moved(self, rows, W, spread):
+        "What the shifts of the heads in `rows` add to the output of one use."
         parts = []
         for i, w in zip(rows, W.chunk(len(rows))):
-            s = torch.zeros(*spread, W.shape[1], dtype=like.dtype, requires_grad=True)
-            shifts[i].append(s)
+            s = torch.zeros(*spread, W.shape[1], dtype=W.dtype, requires_grad=True)
+            self.leaves[i].append(s)
             parts.append(s @ w.T)
         return torch.cat(parts, -1)
 
-    def tap(rows):
+    def tap(self, rows):
+        "A hook that adds them to what a layer gives."
+
         def hook(m, args, out):
-            conv = isinstance(m, nn.modules.conv._ConvNd)
-            new = moved(
-                rows, weight(m), (len(out), out[0, 0].numel()) if conv else out.shape[:-1], out
-            )
-            return out + (new.transpose(1, 2).reshape(out.shape) if conv else new)
+            if not isinstance(m, nn.modules.conv._ConvNd):
+                return out + self.moved(rows, weight(m), out.shape[:-1])
+            new = self.moved(rows, weight(m), (len(out), out[0, 0].numel()))
+            return out + new.transpose(1, 2).reshape(out.shape)
 
         return hook
 
-    def open_attention(m, rows):
+    def attention(self, m, rows):
         "Self-attention of nn.MultiheadAttention (batch first, no mask), written out."
+        W, b = m.in_proj_weight.detach().chunk(3), m.in_proj_bias.chunk(3)
+        rows = [rows[j * m.num_heads : (j + 1) * m.num_heads] for j in range(3)]
+
+        def project(u, W, b, rows):
+            u = F.linear(u, W, b) + self.moved(rows, W, u.shape[:-1])
+            return u.unflatten(-1, (m.num_heads, -1)).transpose(1, 2)
 
         def forward(q, k, v, **_):
-            flow = [
-                F.linear(u, W, b) + moved(r, W.detach(), u.shape[:-1], u)
-                for u, W, b, r in zip(
-                    (q, k, v), m.in_proj_weight.chunk(3), m.in_proj_bias.chunk(3), rows
-                )
-            ]
-            q, k, v = (u.unflatten(-1, (m.num_heads, -1)).transpose(1, 2) for u in flow)
+            q, k, v = map(project, (q, k, v), W, b, rows)
             a = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1)
             return m.out_proj((a @ v).transpose(1, 2).flatten(2)), None
 
         return forward
 
-    plain = output(model, batch)
-    for name, rows in named.items():
-        if name in modules:
-            hooks.append(modules[name].register_forward_hook(tap(rows)).remove)
-        else:
-            m = modules[name.removesuffix("in_proj").rstrip(".")]
-            m.forward = open_attention(
-                m, [rows[j * m.num_heads : (j + 1) * m.num_heads] for j in range(3)]
-            )
-            hooks.append(lambda m=m: m.__dict__.pop("forward"))
-    y = output(model, batch)
-    for undo in hooks:
-        undo()
+    @contextlib.contextmanager
+    def of(self, model):
+        "Inside, the model computes with the shifts."
+        modules = dict(model.named_modules())
+        with contextlib.ExitStack() as undo:
+            for name, rows in self.rows.items():
+                if name in modules:
+                    undo.callback(modules[name].register_forward_hook(self.tap(rows)).remove)
+                else:
+                    m = modules[name.removesuffix("in_proj").rstrip(".")]
+                    m.forward = self.attention(m, rows)
+                    undo.callback(vars(m).pop, "forward")
+            yield
+
+
+def jacobians(model, batch, sites, output):
+    "AGOP `(d_in, d_in)` of every site: gradients of each output with respect to its shifts alone."
+    plain, shifts = output(model, batch), Shifts(sites)
+    with shifts.of(model):
+        y = output(model, batch)
     assert (y - plain).abs().max() <= 1e-9 * plain.abs().max()
-    leaves, G = [s for one in shifts for s in one], [0.0] * len(sites)
+    leaves, G = [s for one in shifts.leaves for s in one], [0.0] * len(sites)
     for o in y.flatten(1).sum(0):  # samples do not see each other
         grads = iter(torch.autograd.grad(o, leaves, retain_graph=True, allow_unused=True))
-        for i, one in enumerate(shifts):
+        for i, one in enumerate(shifts.leaves):
             for g in [next(grads) for _ in one]:
                 if g is not None:
                     G[i] = G[i] + g.flatten(0, -2).T @ g.flatten(0, -2) / len(y)
@@ -110,29 +121,25 @@ def run(model, batch):
     return tensor(model(**batch) if isinstance(batch, dict) else model(batch))
 
 
+def double(t):
+    return t.double() if t.is_floating_point() else t
+
+
 def errors(model, batch):
     "One row per site: the largest difference of the two AGOPs, relative to the largest entry."
     torch.manual_seed(0)
-    model, batch = (
-        model.double().eval(),
-        {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
-        if isinstance(batch, dict)
-        else batch.double()
-        if batch.is_floating_point()
-        else batch,
-    )
+    model, batch = model.double().eval(), each(batch, double)
     table, sites = nfa(model, batch, matrices=True, progress=False)
     G = jacobians(model, batch, sites, run)
     assert [torch.is_tensor(g) for g in G] == list(table.reached)
-    return table.assign(
-        error_of_agop=[
-            float((s.agop() - g).abs().max() / g.abs().max()) if s.reached else 0.0
-            for s, g in zip(sites, G)
-        ]
-    )
+    apart = [
+        float((s.agop() - g).abs().max() / g.abs().max()) if s.reached else 0.0
+        for s, g in zip(sites, G)
+    ]
+    return table.assign(error_of_agop=apart)
 
 
-# --- the families -----------------------------------------------------------------------------------------------------------------------
+# --- the families ----------------------------------------------------------------------------
 
 FAMILIES = {}
 
@@ -147,8 +154,10 @@ def family(name, needs="torch"):
 
 @contextlib.contextmanager
 def narrow(module, by=16):
-    "Inside, the networks that a file of torchvision builds have their widths divided; their layers and connections are its own."
-    width = lambda n: n // by if n >= by else n
+    "Inside, networks that a file of torchvision builds are as they are, but with narrow layers."
+
+    def width(n):
+        return n // by if n >= by else n
 
     class Narrow:
         def __getattr__(self, name):
@@ -181,12 +190,10 @@ def torchvision_net(name, size):
             model = build(weights=None, num_classes=3)
         for m in model.modules():
             if isinstance(m, nn.BatchNorm2d):
-                (
-                    m.running_mean.normal_(0, 0.1),
-                    m.running_var.uniform_(0.5, 2),
-                    m.weight.data.uniform_(0.5, 1),
-                    m.bias.data.normal_(0, 0.1),
-                )
+                m.running_mean.normal_(0, 0.1)
+                m.running_var.uniform_(0.5, 2)
+                m.weight.data.uniform_(0.5, 1)
+                m.bias.data.normal_(0, 0.1)
         return model, torch.randn(2, 3, size, size)
 
     return make
@@ -239,7 +246,7 @@ SMALL = dict(vocab_size=7, bos_token_id=None, eos_token_id=None, pad_token_id=No
 
 
 def transformer(cls, config, batch, sharpen=True, **arguments):
-    "A model of transformers from its configuration; weights larger than its default, so that attention is not uniform."
+    "A model of transformers; weights larger than its default, so that attention is not uniform."
 
     def make():
         import transformers as tf
@@ -383,9 +390,9 @@ def _():
 def _():
     model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
     parametrize.register_parametrization(model[0], "weight", _Double())
-    return nn.utils.parametrizations.weight_norm(model[2]) and nn.utils.parametrizations.orthogonal(
-        model[4]
-    ) and model, torch.randn(4, 5)
+    nn.utils.parametrizations.weight_norm(model[2])
+    nn.utils.parametrizations.orthogonal(model[4])
+    return model, torch.randn(4, 5)
 
 
 class _Double(nn.Module):
@@ -393,7 +400,7 @@ class _Double(nn.Module):
         return 2 * W
 
 
-# --- the tests --------------------------------------------------------------------------------------------------------------------------
+# --- the tests -------------------------------------------------------------------------------
 
 
 def measure(name):
@@ -407,25 +414,24 @@ def test_against_the_jacobian(name, monkeypatch):
     needs = FAMILIES[name][1]
     if not has(needs):
         pytest.skip(f"{needs} is not installed")
-    monkeypatch.setattr(
-        nfa_module, "compare", lambda *args: {}
-    )  # the correlations have tests of their own; roots of large matrices take time
+    # the correlations have tests of their own; roots of large matrices take time
+    monkeypatch.setattr(nfa_module, "compare", lambda *args: {})
     table = measure(name)
-    assert list(table.site[~table.reached]) == (
-        ["pooler.dense"] if name == "BERT" else []
-    )  # its output is not among those differentiated
+    idle = ["pooler.dense"] if name == "BERT" else []  # its output is not among those pulled back
+    assert list(table.site[~table.reached]) == idle
     assert table.error_of_agop.max() < TOLERANCE, table.loc[table.error_of_agop.idxmax()]
 
 
 def largest_errors():
-    "One row per family: number of weights (heads counted apart) and the largest relative error of an AGOP among them."
+    "One row per family: number of weights (heads apart) and the largest error of an AGOP."
     rows = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nfa_module, "compare", lambda *args: {})
         for name, (_, needs) in FAMILIES.items():
             if has(needs):
+                table = measure(name)
                 rows[name] = {
-                    "sites": len(table := measure(name)),
+                    "sites": len(table),
                     "kinds": ", ".join(table.kind.unique()),
                     "largest error": table.error_of_agop.max(),
                 }

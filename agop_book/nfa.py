@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from .arrays import as_real, as_tensor, is_count, is_number
 from .functions import chance as _chance, check_mode as _check_mode, refuse_chance as _refuse_chance, steady as _steady
-from .kernels import blocks
+from .points import blocks
 from .processes import all_or_none, all_sum as _sum, is_distributed as _distributed
 from .taps import LEFT_OUT, TooLarge, coverage, plan_sums, watching
 

@@ -29,7 +29,8 @@ from agop_book import memory
 from agop_book.agop import AGOP, Sketch, agop, cosine, matrix_power, pearson, top_directions
 from agop_book.differences import choose_steps, differences
 from agop_book.jacobians import pullbacks, random_signs
-from agop_book.kernels import NTK, Gaussian, KernelMachine, Laplace, Matern52
+from agop_book.kernels import NTK, Gaussian, Laplace, Matern52
+from agop_book.machines import KernelMachine
 from agop_book.rfm import RFMRegressor
 
 f64 = torch.float64
@@ -399,7 +400,8 @@ MEASURE = """
 import gc, sys, threading, time, numpy as np, psutil, torch
 import agop_book.predictors as module
 from agop_book.agop import agop
-from agop_book.kernels import KernelMachine, Laplace
+from agop_book.kernels import Laplace
+from agop_book.machines import KernelMachine
 way, options, dtype, d = sys.argv[1], {k: {"center": True, "diag": True, "probes": 3}[k] for k in sys.argv[2].split()}, getattr(torch, sys.argv[3]), int(sys.argv[4])
 plans, plan = [], module.plan
 module.plan = lambda need, *a, **k: plans.append(plan(need, *a, **k))

@@ -12,60 +12,90 @@ import numpy as np
 import torch
 
 # %% ../nbs/workshop/arrays.ipynb #12de7eb6
-_COMPLEX = "Complex data not supported: {} is complex ({}); pass real and imaginary parts as separate columns."
+_COMPLEX = (
+    "Complex data not supported: {} is complex ({}); "
+    "pass real and imaginary parts as separate columns."
+)
 
 
-def as_real(x,                    # array-like
-            name: str = "x",      # what to call it in an error
-            *,
-            dates: bool = False   # dates are welcome (as labels)
-            ):                    # the same; tensors as numpy
+def as_real(
+    x,  # array-like
+    name: str = "x",  # what to call it in an error
+    *,
+    dates: bool = False,  # dates are welcome (as labels)
+):  # the same; tensors as numpy
     """`x` without what numpy would convert to wrong numbers silently.
 
-    Raises ValueError for complex numbers, TypeError for dates, masked entries, sparse and quantised tensors."""
-    if isinstance(x, (list, tuple)) and len(x) and isinstance(x[0], torch.Tensor): x = torch.stack(tuple(x))
-    if isinstance(x, torch.Tensor): x = _dense(x, name)
+    Raises ValueError for complex numbers, TypeError for dates, masked entries, sparse and
+    quantised tensors."""
+    if isinstance(x, (list, tuple)) and len(x) and isinstance(x[0], torch.Tensor):
+        x = torch.stack(tuple(x))
+    if isinstance(x, torch.Tensor):
+        x = _dense(x, name)
     if np.ma.is_masked(x) or isinstance(x, (list, tuple)) and any(map(np.ma.is_masked, x)):
-        raise TypeError(f"{name} has masked entries; fill them (x.filled(value)) or drop those rows.")
+        raise TypeError(
+            f"{name} has masked entries; fill them (x.filled(value)) or drop those rows."
+        )
     for dtype in {str(t).lower() for t in _dtypes(x)}:
         date = dtype.startswith(("date", "timedelta", "period", "duration", "time"))
         if date and not dates:
             raise TypeError(f"{name} holds dates ({dtype}); turn them into real numbers first.")
-        if dtype.startswith("complex"): raise ValueError(_COMPLEX.format(name, dtype))
+        if dtype.startswith("complex"):
+            raise ValueError(_COMPLEX.format(name, dtype))
     return x
 
 
 def _dtypes(x):
     "The dtypes of an array or of the columns of a frame; none for anything else."
-    if hasattr(x, "dtypes"): return list(np.ravel(np.array(x.dtypes, dtype=object)))
-    if hasattr(x, "dtype"): return [x.dtype]
-    try: return [np.asarray(x).dtype] if isinstance(x, (list, tuple)) else []
-    except ValueError: return []                                        # rows of unequal length, as others will say
+    if hasattr(x, "dtypes"):
+        return list(np.ravel(np.array(x.dtypes, dtype=object)))
+    if hasattr(x, "dtype"):
+        return [x.dtype]
+    try:
+        return [np.asarray(x).dtype] if isinstance(x, (list, tuple)) else []
+    except ValueError:
+        return []  # rows of unequal length, as others will say
 
 
 def _dense(x, name):
     "A tensor as a numpy array."
     if x.layout != torch.strided or x.is_quantized:
-        raise TypeError(f"{name} is a {'quantised' if x.is_quantized else 'sparse'} tensor; pass a dense one.")
+        raise TypeError(
+            f"{name} is a {'quantised' if x.is_quantized else 'sparse'} tensor; pass a dense one."
+        )
     x = x.detach().cpu()
     return (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).resolve_neg().numpy()
 
 # %% ../nbs/workshop/arrays.ipynb #65dc81a3
-def as_tensor(x,                    # array-like, `(n, d)`
-              name: str = "x",      # what to call it in an error
-              ndim: int | None = 2, # number of axes wanted; None: any
-              finite: bool = True   # False: let NaN and infinity through
-              ) -> torch.Tensor:    # floating, shares memory where it can
-    "`x` as a finite real floating tensor. TypeError or ValueError name the argument, what is wrong and the remedy."
-    if not isinstance(x, torch.Tensor): x = _from_array(as_real(x, name), name)
-    if x.layout != torch.strided or x.is_quantized: _dense(x, name)
-    if x.is_complex(): raise ValueError(_COMPLEX.format(name, x.dtype))
-    if not x.is_floating_point(): x = x.to(torch.float64)
-    if x.dtype in (torch.float16, torch.bfloat16): x = x.float()
+def as_tensor(
+    x,  # array-like, `(n, d)`
+    name: str = "x",  # what to call it in an error
+    ndim: int | None = 2,  # number of axes wanted; None: any
+    finite: bool = True,  # False: let NaN and infinity through
+) -> torch.Tensor:  # floating, shares memory where it can
+    """`x` as a finite real floating tensor.
+
+    TypeError or ValueError name the argument, what is wrong and the remedy."""
+    if not isinstance(x, torch.Tensor):
+        x = _from_array(as_real(x, name), name)
+    if x.layout != torch.strided or x.is_quantized:
+        _dense(x, name)
+    if x.is_complex():
+        raise ValueError(_COMPLEX.format(name, x.dtype))
+    if not x.is_floating_point():
+        x = x.to(torch.float64)
+    if x.dtype in (torch.float16, torch.bfloat16):
+        x = x.float()
     if ndim is not None and x.ndim != ndim:
-        raise ValueError(f"{name} must have {ndim} axes, got shape {tuple(x.shape)}; reshape it to (samples, features).")
+        raise ValueError(
+            f"{name} must have {ndim} axes, got shape {tuple(x.shape)}; "
+            "reshape it to (samples, features)."
+        )
     if x.numel() == 0:
-        raise ValueError(f"{name} is empty, shape {tuple(x.shape)}; at least one sample and one feature are needed.")
+        raise ValueError(
+            f"{name} is empty, shape {tuple(x.shape)}; "
+            "at least one sample and one feature are needed."
+        )
     if finite and not torch.isfinite(x).all():
         raise ValueError(f"{name} contains NaN or infinity; drop or impute those entries first.")
     return x
@@ -75,41 +105,59 @@ def _from_array(x, name):
     "Anything that numpy can read as real numbers, as a tensor."
     try:
         x = np.asarray(x)
-        if x.dtype.kind in "OSU": x = x.astype(np.float64)
+        if x.dtype.kind in "OSU":
+            x = x.astype(np.float64)
     except (TypeError, ValueError, OverflowError) as e:
-        raise TypeError(f"{name} must hold real numbers; converting it failed: {e}. "
-                        "Encode strings and objects as numbers first.") from None
-    if x.dtype.kind not in "biuf": raise TypeError(f"{name} has dtype {x.dtype}; it must hold real numbers.")
-    if x.dtype.kind != "f" or x.dtype.itemsize > 8: x = x.astype(np.float64)
+        raise TypeError(
+            f"{name} must hold real numbers; converting it failed: {e}. "
+            "Encode strings and objects as numbers first."
+        ) from None
+    if x.dtype.kind not in "biuf":
+        raise TypeError(f"{name} has dtype {x.dtype}; it must hold real numbers.")
+    if x.dtype.kind != "f" or x.dtype.itemsize > 8:
+        x = x.astype(np.float64)
     usable = x.flags.writeable and min(x.strides, default=0) >= 0 and x.dtype.isnative
     return torch.from_numpy(x if usable else x.astype(x.dtype.newbyteorder("=")))
 
 
-def to_family(t,   # a result, tensor or array
-         x    # the input whose family decides
-         ):
-    "`t` as a tensor on the device of `x` if `x` is one, else as an array. Labels that are no numbers stay an array."
-    if not isinstance(x, torch.Tensor): return t.detach().cpu().numpy() if isinstance(t, torch.Tensor) else t
-    if isinstance(t, np.ndarray) and t.dtype.kind not in "biuf": return t
+def to_family(
+    t,  # a result, tensor or array
+    x,  # the input whose family decides
+):
+    """`t` as a tensor on the device of `x` if `x` is one, else as an array.
+
+    Labels that are no numbers stay an array."""
+    if not isinstance(x, torch.Tensor):
+        return t.detach().cpu().numpy() if isinstance(t, torch.Tensor) else t
+    if isinstance(t, np.ndarray) and t.dtype.kind not in "biuf":
+        return t
     return torch.as_tensor(t, device=x.device)
 
 # %% ../nbs/workshop/arrays.ipynb #33eda555
-def is_number(value, kind=numbers.Real) -> bool:
+def is_number(
+    value,  # anything
+    kind=numbers.Real,  # numbers.Integral for whole numbers
+) -> bool:
     "Whether `value` is a number of `kind`; True and False are none."
     return isinstance(value, kind) and not isinstance(value, (bool, np.bool_))
 
 
-def is_count(value, low: int = 1) -> bool:
-    "Whether `value` is an integer of at least `low` and below 2^31, the most that every library can count to."
+def is_count(
+    value,  # anything
+    low: int = 1,  # smallest count
+) -> bool:
+    "Whether `value` is an integer from `low` to 2^31 - 1, to which every library can count."
     return is_number(value, numbers.Integral) and low <= value < 2**31
 
 
-def check_count(value,              # what the caller gave
-                name: str,          # the argument's name, for the error
-                least: int = 1,     # smallest value that makes sense
-                most: int = 2**31   # largest
-                ) -> int:
+def check_count(
+    value,  # what the caller gave
+    name: str,  # the argument's name, for the error
+    least: int = 1,  # smallest value that makes sense
+    most: int = 2**31,  # largest
+) -> int:
     "`value` as an int from `least` to `most`; else a ValueError that names the argument."
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if whole and least <= value <= most: return int(value)
+    if whole and least <= value <= most:
+        return int(value)
     raise ValueError(f"{name}={value!r}: must be an integer >= {least} and <= {most:,}")

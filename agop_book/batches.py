@@ -12,8 +12,8 @@ import torch
 from tqdm import tqdm
 
 from .arrays import as_real, as_tensor
-from .kernels import blocks
 from .matrices import frame_values
+from .points import blocks
 
 # %% ../nbs/workshop/batches.ipynb #355caae0
 def is_array(x    # anything

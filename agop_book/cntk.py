@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEAR', 'SHARE', 'CONV_TILE', 'SIDE', 'COMPILE_FROM', 'PLAIN', 'CNTK', 'window_sum', 'Images', 'compiled_layers',
-           'patch_agop']
+           'check_images', 'patch_agop']
 
 # %% ../nbs/11_cntk.ipynb #ede47c3a
 import functools
@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from .accumulator import VANISHING
 from .matrices import matrix_power
 from .arrays import as_tensor, is_count, to_family
-from .kernels import apply_metric, blocks, check_metric
 from .memory import plan
+from .metrics import apply_metric, check_metric
+from .points import blocks
 
 # %% ../nbs/11_cntk.ipynb #1da7d7e9
 @dataclass(frozen=True)
@@ -234,7 +235,7 @@ def _tile(kernel, left, right, tangent, layers=PLAIN):
     return (S + T if tangent else S) / count, near / first * last * kernel.depth > SHARE * T.abs()
 
 # %% ../nbs/11_cntk.ipynb #8426bc28
-def _check_images(kernel, x, name):
+def check_images(kernel, x, name):
     x = as_tensor(x, name, None).detach()
     if x.ndim != 4: raise ValueError(f"{name} must have 4 axes (images, channels, rows, columns), got shape {tuple(x.shape)}; add a channel axis with {name}[:, None], or reshape flat rows.")
     need = {"valid": 1 + kernel.depth * (kernel.patch_size - 1), "zero": 1, "circular": max(1, kernel.patch_size // 2)}[kernel.padding]
@@ -249,8 +250,8 @@ def _check_images(kernel, x, name):
 
 # %% ../nbs/11_cntk.ipynb #56d48f86
 def _inputs(kernel, x, z, M, name):
-    X = _check_images(kernel, x, "x")
-    Z = X if z is None else _check_images(kernel, z, name)
+    X = check_images(kernel, x, "x")
+    Z = X if z is None else check_images(kernel, z, name)
     if Z.shape[1:] != X.shape[1:]: raise ValueError(f"x holds images of {tuple(X.shape[1:])} and {name} of {tuple(Z.shape[1:])} (channels, rows, columns); they must agree.")
     dtype = torch.promote_types(X.dtype, Z.dtype)
     X, Z = X.to(dtype), X.to(dtype) if z is None else Z.to(X.device, dtype)
@@ -265,7 +266,7 @@ def _inputs(kernel, x, z, M, name):
 
 def _in_double(kernel, x, centers):
     "Both in double precision, because gradients are differences of almost equal numbers where patches almost coincide; and the dtype that the result gets."
-    X, Z = _check_images(kernel, x, "x"), _check_images(kernel, centers, "centers")
+    X, Z = check_images(kernel, x, "x"), check_images(kernel, centers, "centers")
     return X.double(), Z.double(), torch.promote_types(X.dtype, Z.dtype)
 
 

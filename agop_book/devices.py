@@ -10,22 +10,33 @@ import os
 import re
 
 # %% ../nbs/workshop/devices.ipynb #12df1600
-def device_name(name=None):
-    "The checked name of a device. Loads torch only where a GPU may be meant, so that the command line answers quickly."
+def device_name(
+    name=None,  # as for `device`
+) -> str:
+    "The checked name of a device. Loads torch only where a GPU may be meant: that is slow."
     name = str(name or os.environ.get("AGOP_BOOK_DEVICE") or "auto")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name): raise ValueError(f"device={name!r} is unknown: choose auto, cpu, cuda or cuda:N")
-    if name == "cpu": return name
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device={name!r} is unknown: choose auto, cpu, cuda or cuda:N")
+    if name == "cpu":
+        return name
     import torch
+
     n = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto": return "cuda" if n else "cpu"
-    if not n: raise ValueError(f"device={name!r}, but torch sees no GPU here: choose cpu or auto")
+    if name == "auto":
+        return "cuda" if n else "cpu"
+    if not n:
+        raise ValueError(f"device={name!r}, but torch sees no GPU here: choose cpu or auto")
     if int(name.partition(":")[2] or 0) >= n:
-        raise ValueError(f"device={name!r}, but torch sees only cuda:0 to cuda:{n - 1}: choose one of them")
+        raise ValueError(
+            f"device={name!r}, but torch sees only cuda:0 to cuda:{n - 1}: choose one of them"
+        )
     return name
 
+
 def device(
-    name=None,  # "auto", "cpu", "cuda", "cuda:1" or a `torch.device`; None: AGOP_BOOK_DEVICE, and "auto" when that is not set
-):              # a `torch.device`
-    "The device to compute on. Raises ValueError for an unknown name and for a GPU that is not there."
+    name=None,  # "auto", "cpu", "cuda:1", a `torch.device`; None: AGOP_BOOK_DEVICE, or "auto"
+):  # a `torch.device`
+    "The device to compute on. ValueError for an unknown name and for a GPU that is not there."
     import torch
+
     return torch.device(device_name(name))

@@ -12,8 +12,8 @@ import numpy as np
 
 from .arrays import as_real, is_count
 from .batches import BUDGET
-from .kernels import blocks
 from .memory import plan
+from .points import blocks
 
 # %% ../nbs/workshop/differences.ipynb #67e07b45
 def differences(f,                  # numpy function (m, *shape) -> (m, ...)

@@ -18,10 +18,13 @@ from safetensors import safe_open
 from safetensors.numpy import save as to_bytes
 
 # %% ../nbs/workshop/files.ipynb #ec4916d0
-def write_atomic(path,         # file to write
-                 data: bytes   # its whole content
-                 ) -> None:
-    "Write bytes so that `path` is always either what it was or complete, whoever else writes it. OSError where it cannot be written."
+def write_atomic(
+    path,  # file to write
+    data: bytes,  # its whole content
+) -> None:
+    """Write bytes so that `path` is always either what it was or complete, whoever else writes it.
+
+    OSError where it cannot be written."""
     path = Path(path)
     temporary = path.with_name(f".{path.name[:80]}.{uuid4().hex}.tmp")
     try:
@@ -30,27 +33,37 @@ def write_atomic(path,         # file to write
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def check_writable(path,         # file that will be written later
-                   name: str = "path"  # the argument or option that named it
-                   ) -> Path:
-    "`path`, if a file can be written there. FileNotFoundError, IsADirectoryError or PermissionError before the work, not after it."
+def check_writable(
+    path,  # file that will be written later
+    name: str = "path",  # the argument or option that named it
+) -> Path:
+    """`path`, if a file can be written there.
+
+    FileNotFoundError, IsADirectoryError or PermissionError before the work, not after it."""
     path, folder = Path(path), Path(path).absolute().parent
-    if path.is_dir(): raise IsADirectoryError(f"{name}: {str(path)!r} is a folder; name a file in it.")
-    if not folder.is_dir(): raise FileNotFoundError(f"{name}: no folder {str(folder)!r} to save in; create it first.")
+    if path.is_dir():
+        raise IsADirectoryError(f"{name}: {str(path)!r} is a folder; name a file in it.")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{name}: no folder {str(folder)!r} to save in; create it first.")
     try:
-        with tempfile.TemporaryFile(dir=folder): pass
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
-        raise PermissionError(f"{name}: {str(folder)!r} cannot be written ({error.strerror}); choose another folder.") from None
+        raise PermissionError(
+            f"{name}: {str(folder)!r} cannot be written ({error.strerror}); choose another folder."
+        ) from None
     return path
 
 # %% ../nbs/workshop/files.ipynb #2d5104e4
-def save_arrays(path,          # file to write
-                arrays: dict,  # name -> array
-                about: dict    # what JSON can hold
-                ) -> None:
+def save_arrays(
+    path,  # file to write
+    arrays: dict,  # name -> array
+    about: dict,  # what JSON can hold
+) -> None:
     "Write arrays and what they are to one safetensors file (no pickle), whole or not at all."
     check_writable(path)
     arrays = {name: np.asarray(value, order="C") for name, value in arrays.items()}
@@ -59,19 +72,28 @@ def save_arrays(path,          # file to write
     write_atomic(path, to_bytes(arrays, {"agop_book": text, "sha256": digest, "format": "2"}))
 
 
-def load_arrays(path) -> tuple:
-    "`(arrays, about)` that `save_arrays` wrote. FileNotFoundError, or ValueError for a file that is damaged or something else."
-    if not Path(path).is_file(): raise FileNotFoundError(f"no model file at {str(path)!r}; save() writes one.")
+def load_arrays(
+    path,  # file to read
+) -> tuple:
+    """`(arrays, about)` that `save_arrays` wrote.
+
+    FileNotFoundError, or ValueError for a file that is damaged or something else."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no model file at {str(path)!r}; save() writes one.")
     try:
         with safe_open(path, framework="numpy") as f:
             meta, arrays = f.metadata(), {name: f.get_tensor(name) for name in f.keys()}
         known = {"agop_book", "sha256", "format"}
-        if set(meta) != known and set(meta) != {"agop_book"}: raise ValueError(f"its header has the entries {sorted(meta)}")
-        if set(meta) == known and (meta["format"], meta["sha256"]) != ("2", _digest(arrays, meta["agop_book"])):
+        if set(meta) != known and set(meta) != {"agop_book"}:
+            raise ValueError(f"its header has the entries {sorted(meta)}")
+        wanted = {"format": "2", "sha256": _digest(arrays, meta["agop_book"])}
+        if set(meta) == known and wanted.items() - meta.items():
             raise ValueError("its content does not match its checksum")
         return arrays, json.loads(meta["agop_book"])
-    except Exception as error:                                # whatever a damaged file makes of the reader
-        raise ValueError(f"{str(path)!r} is not a complete model file written by save(): {error}") from None
+    except Exception as error:  # whatever a damaged file makes of the reader
+        raise ValueError(
+            f"{str(path)!r} is not a complete model file written by save(): {error}"
+        ) from None
 
 
 def _digest(arrays, text):
@@ -86,5 +108,6 @@ def _digest(arrays, text):
 
 def _json(value):
     "Numpy numbers and arrays as Python's; TypeError for anything that a file cannot hold."
-    if hasattr(value, "tolist"): return value.tolist()
+    if hasattr(value, "tolist"):
+        return value.tolist()
     raise TypeError(f"{value!r} cannot be kept in a model file.")

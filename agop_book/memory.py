@@ -12,23 +12,33 @@ import psutil
 import torch
 
 # %% ../nbs/workshop/memory.ipynb #0c424290
-def free_memory(device="cpu") -> int:
-    "Bytes that can still be taken on `device`; on the CPU within the limits of all control groups that the process is in."
+def free_memory(
+    device="cpu",  # a torch device
+) -> int:
+    "Bytes that can still be taken; on the CPU within the limits of all control groups."
     device = torch.device(device)
-    if device.type == "cuda": return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     return max(0, min([psutil.virtual_memory().available, *group_room()]))
 
 
-def group_room(root=Path("/sys/fs/cgroup"), groups=Path("/proc/self/cgroup")) -> list:
-    "Bytes left in every control group with a memory limit, from that of this process up to the root; version 1 and 2."
-    try: lines = groups.read_text().splitlines()
-    except OSError: return []                                           # not Linux
+def group_room(
+    root=Path("/sys/fs/cgroup"),  # where the groups are mounted
+    groups=Path("/proc/self/cgroup"),  # which of them this process is in
+) -> list:
+    "Bytes left in every control group with a limit, up to the root; version 1 and 2."
+    try:
+        lines = groups.read_text().splitlines()
+    except OSError:
+        return []  # not Linux
     found = []
     for _, controllers, path in (line.split(":", 2) for line in lines):
-        if controllers == "": mounts, names = (root, root / "unified"), ("memory.max", "memory.current")
+        if controllers == "":
+            mounts, names = (root, root / "unified"), ("memory.max", "memory.current")
         elif "memory" in controllers.split(","):
             mounts, names = (root / "memory",), ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        else: continue
+        else:
+            continue
         inner = Path(path.lstrip("/"))
         folders = [mount / part for mount in mounts for part in (inner, *inner.parents)]
         found += [_room(folder, *names) for folder in folders]
@@ -41,30 +51,41 @@ def _room(folder, limit, used):
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         cache = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
         return int((folder / limit).read_text()) - int((folder / used).read_text()) + cache
-    except (OSError, ValueError): return None                           # "max" is no number: no limit
+    except (OSError, ValueError):
+        return None  # "max" is no number: no limit
 
 # %% ../nbs/workshop/memory.ipynb #3cc14953
-def plan(need,                  # bytes that are needed: a number, or a function of the size
-         what: str,             # the sentence's subject: "the Gram matrix of X (80,000 rows)"
-         remedy: str,           # what the caller can do
-         size: int | None = None,   # where `need` is a function: the size that is wanted
-         unit: str = "rows",    # what the size counts
-         limit=None,            # bytes that may be used; None: what is free on `device`
-         device="cpu"
-         ) -> int:              # the bytes that will be taken
-    "Pass if `need` fits in `limit`, else raise a MemoryError that says how much is missing and what would fit."
+def plan(
+    need,  # bytes that are needed: a number, or a function of the size
+    what: str,  # the sentence's subject: "the Gram matrix of X (80,000 rows)"
+    remedy: str,  # what the caller can do
+    size: int | None = None,  # where `need` is a function: the size that is wanted
+    unit: str = "rows",  # what the size counts
+    limit=None,  # bytes that may be used; None: what is free on `device`
+    device="cpu",  # where they are taken
+) -> int:  # the bytes that will be taken
+    "Pass if `need` fits in `limit`; else a MemoryError says how much is missing and what fits."
     limit = free_memory(device) if limit is None else limit
     wanted = need if size is None else need(size)
-    if wanted <= limit: return int(wanted)
+    if wanted <= limit:
+        return int(wanted)
     fits = "" if size is None else f" About {largest(need, size, limit):,} {unit} fit."
-    raise MemoryError(f"{what} takes {wanted / 2**30:.1f} GiB, {limit / 2**30:.1f} GiB are free.{fits} {remedy}")
+    raise MemoryError(
+        f"{what} takes {wanted / 2**30:.1f} GiB, {limit / 2**30:.1f} GiB are free.{fits} {remedy}"
+    )
 
 
-def largest(need, size: int, limit) -> int:
-    "The largest size up to `size` whose `need(size)` is within `limit`, 0 if there is none; `need` grows with the size."
+def largest(
+    need,  # bytes as a growing function of the size
+    size: int,  # the largest size of interest
+    limit,  # bytes
+) -> int:
+    "The largest size up to `size` whose need is within `limit`, 0 if there is none."
     low, high = 0, int(size)
     while low < high:
         middle = (low + high + 1) // 2
-        if need(middle) <= limit: low = middle
-        else: high = middle - 1
+        if need(middle) <= limit:
+            low = middle
+        else:
+            high = middle - 1
     return low

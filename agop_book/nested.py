@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from .arrays import as_real, as_tensor
-from .kernels import blocks
+from .points import blocks
 from .tensors import each, tensors_in
 
 # %% ../nbs/workshop/nested.ipynb #bb93ece8

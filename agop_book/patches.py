@@ -30,9 +30,11 @@ from torch import nn
 
 from .matrices import matrix_power
 from .arrays import as_real, is_count, is_number
-from .book.data import DataNotFound, UnreadableData, _open_rgb, _rgb
+from .book.sources import DataNotFound, UnreadableData
+from .book.images import as_rgb as _rgb, open_rgb as _open_rgb
 from .arrays import check_count
-from .book.data import cache_dir, data_roots, load
+from .book.load import load
+from .book.sources import cache_dir, data_roots
 from .devices import device
 from .book.figures import pick
 from .book.mlps import _seeded, trained

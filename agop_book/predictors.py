@@ -22,8 +22,9 @@ from .batches import BUDGET, as_rows, batch_size, first_batch, is_array
 from .differences import differences, settled, values_of
 from .functions import check_mode
 from .jacobians import check_optional, pullbacks, random_signs
-from .kernels import TILE, KernelMachine, blocks
+from .machines import KernelMachine
 from .memory import plan
+from .points import TILE, blocks
 from .processes import from_first
 
 # %% ../nbs/workshop/predictors.ipynb #dfbc4c93

@@ -25,10 +25,12 @@ from skorch import NeuralNetClassifier, NeuralNetRegressor
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import agop_book.agop as module
 from agop_book import memory
-from agop_book.agop import AGOP, Sketch, agop, choose_steps, cosine, differences, matrix_power, pearson, pullbacks, random_signs, top_directions
-from agop_book.kernels import NTK, Gaussian, KernelMachine, Laplace, Matern52
+from agop_book.agop import AGOP, Sketch, agop, cosine, matrix_power, pearson, top_directions
+from agop_book.differences import choose_steps, differences
+from agop_book.jacobians import pullbacks, random_signs
+from agop_book.kernels import NTK, Gaussian, Laplace, Matern52
+from agop_book.machines import KernelMachine
 from agop_book.rfm import RFMRegressor
 
 f64 = torch.float64
@@ -98,15 +100,10 @@ def test_more_centred_outputs_than_memory_holds(monkeypatch):
 
 
 def test_memory_does_not_grow_with_outputs():
-    sizes = []
-    x = normal(64, 64, dtype=torch.float32)
-    W = normal(64, 5000, dtype=torch.float32)
-    old = module.BUDGET
-    try:
-        module.BUDGET = 2**16
-        for g in pullbacks(lambda x: x @ W, x): sizes.append(g.numel() * 4)
-    finally: module.BUDGET = old
-    assert max(sizes) <= 2**16 and sum(sizes) == 64 * 64 * 5000 * 4
+    x = normal(512, 1024, dtype=torch.float32)              # 2 MiB: 32 outputs fit the budget
+    W = normal(1024, 100, dtype=torch.float32)
+    sizes = [g.nbytes for g in pullbacks(lambda x: x @ W, x)]
+    assert max(sizes) <= 2**26 and sum(sizes) == 100 * x.nbytes
 
 
 def test_operation_that_cannot_be_batched():
@@ -401,14 +398,16 @@ def test_squares_outside_of_single_precision(scale):
 
 MEASURE = """
 import gc, sys, threading, time, numpy as np, psutil, torch
-import agop_book.agop as module
-from agop_book.kernels import KernelMachine, Laplace
+import agop_book.predictors as module
+from agop_book.agop import agop
+from agop_book.kernels import Laplace
+from agop_book.machines import KernelMachine
 way, options, dtype, d = sys.argv[1], {k: {"center": True, "diag": True, "probes": 3}[k] for k in sys.argv[2].split()}, getattr(torch, sys.argv[3]), int(sys.argv[4])
 plans, plan = [], module.plan
 module.plan = lambda need, *a, **k: plans.append(plan(need, *a, **k))
 x, W = torch.randn(40, d, dtype=dtype), torch.randn(d, 2, dtype=dtype)
 f = KernelMachine(Laplace(99.0), torch.randn(50, d, dtype=dtype), torch.randn(50, 2, dtype=dtype)) if way == "closed_form" else lambda x: torch.tanh(x @ W)
-module.agop(f, x[:2], diag=True)                               # what is allocated once
+agop(f, x[:2], diag=True)                               # what is allocated once
 warm = torch.randn(300, 300, dtype=dtype)
 warm = warm @ warm
 plans.clear()
@@ -420,7 +419,7 @@ def watch():
         time.sleep(0.0005)
 before, thread = process.memory_info().rss, threading.Thread(target=watch)
 thread.start()
-A = module.agop(f, x, **options)
+A = agop(f, x, **options)
 running = False
 thread.join()
 print(plans[0], peak[0] - before)
@@ -485,7 +484,8 @@ import sys, time, datetime, torch, torch.distributed as dist
 from torch import nn
 sys.path.insert(0, sys.argv[2])
 from test_agop import mlp, normal
-from agop_book.agop import AGOP, agop, all_or_none
+from agop_book.agop import AGOP, agop
+from agop_book.processes import all_or_none
 from agop_book.nfa import nfa
 dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=25))
 rank, net = dist.get_rank(), nn.Sequential(nn.Linear(6, 3)).double()

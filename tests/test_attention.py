@@ -10,7 +10,7 @@ import torch
 
 from agop_book import attention
 from agop_book.attention import Tokens, TokenLoss, gpt2, gpt2_tokens, minilm_folder, pretrained, shakespeare_gpt2, tinystories_gpt2, transformer_net, vit, windows, word_tokens
-from agop_book.book.data import DataNotFound
+from agop_book.book.sources import DataNotFound
 from agop_book.nfa import nfa
 
 needs_transformers = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")

@@ -16,9 +16,12 @@ from sklearn.utils import all_estimators
 
 from agop_book.agop import agop
 from agop_book.convrfm import ConvRFMClassifier, ConvRFMRegressor, DeepRFMClassifier, DeepRFMRegressor
-from agop_book.kernels import NTK, KernelMachine, Laplace, Matern52, Points
-from agop_book.rfm import CholeskySolver, RFMClassifier, RFMRegressor
-from agop_book.scattering import MapRFMClassifier, MapRFMRegressor
+from agop_book.kernels import NTK, Laplace, Matern52
+from agop_book.machines import KernelMachine
+from agop_book.points import Points
+from agop_book.rfm import RFMClassifier, RFMRegressor
+from agop_book.solvers import CholeskySolver, first
+from agop_book.maprfm import MapRFMClassifier, MapRFMRegressor
 from agop_book.transfer import TransferRFM
 
 IMAGE = dict(depth=1, patch_size=3, image_shape=(1, 4, 4), n_iter=1, random_state=0)
@@ -97,7 +100,7 @@ def test_not_fitted(name):
 def test_interrupted_before_the_first_round_is_not_fitted(name, monkeypatch):
     def stop(*args, **options): raise KeyboardInterrupt
     models = base.clone(EVERY[name]), copy.deepcopy(FITTED[name])
-    for place in ("agop_book.rfm.CholeskySolver.solve", "agop_book.scattering.ridge_fits", "agop_book.convrfm.ridge_fits"): monkeypatch.setattr(place, stop)
+    monkeypatch.setattr("agop_book.solvers.Solver.fits", stop)
     for model in models:
         with pytest.raises(KeyboardInterrupt): model.fit(rows(), labels(name, rows()))
         if "Transfer" not in name:
@@ -326,10 +329,10 @@ def test_all_outputs_together_with_a_far_row(far):
     X = torch.randn(120, 8, generator=torch.Generator().manual_seed(0))
     X[7, 2] = far
     Y, kernel = torch.randn(120, 40, generator=torch.Generator().manual_seed(1)), Laplace(5.0)
-    side, solver = Points(X - kernel.shift(X)), CholeskySolver(120, 8, 40, X)
-    coef, used = solver.solve(kernel, side, Y, 1e-2, True)
-    want = KernelMachine(kernel, X.double(), coef.double()).agop(center=True)
-    np.testing.assert_allclose(solver.agop(kernel, side, Y, coef, used), want, atol=2e-3 * float(want.abs().max()))
+    solver = CholeskySolver(kernel, X, Y, [1e-2], center=True)
+    fit = first(solver.fits(None))
+    want = KernelMachine(kernel, X.double(), fit.machine.coef.double()).agop(center=True)
+    np.testing.assert_allclose(solver.agop(fit), want, atol=2e-3 * float(want.abs().max()))
 
 
 # --- the AGOP of a fitted estimator ---------------------------------------------------------------------------------------------------------
@@ -414,14 +417,16 @@ def test_files_of_the_first_edition_load(tmp_path):
     "Without a checksum; the centres of a MapRFM were kept as x M^(1/2)."
     import json
     from safetensors.numpy import save_file
-    from agop_book.scattering import weigh
+    from agop_book.metrics import Shared, apply_metric
     from agop_book.agop import matrix_power
     for name in ("regressor RFM", "regressor MapRFM shared", "regressor MapRFM separable"):
         model = FITTED[name]
         about = {"class": type(model).__name__, "history": model.history_.to_dict("records"), "best_round": model.best_round_, "features": [], "targets": None,
                  "flat": True, "identity": "Map" in name, "kernel": {"name": "Laplace", "bandwidth": model.machine_.kernel.bandwidth}, "params": {**model.get_params(), "random_state": None}}
         centers = model.machine_.centers
-        if "Map" in name: centers = weigh(centers, torch.from_numpy(matrix_power(model.M_, 0.5)))
+        if "Map" in name:
+            root = torch.from_numpy(matrix_power(model.M_, 0.5))
+            centers = apply_metric(centers, root if root.ndim == 1 else Shared(root))
         arrays = {"centers": centers.numpy(), "coef": model.machine_.coef.numpy(), "M": model.M_}
         save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, tmp_path / "m", metadata={"agop_book": json.dumps(about)})
         np.testing.assert_allclose(type(model).load(tmp_path / "m").predict(rows(seed=1)), model.predict(rows(seed=1)), atol=1e-8)
@@ -490,7 +495,7 @@ def test_bad_parameters_are_refused(name, params):
     (lambda: RFMRegressor().fit(np.zeros((3, 60_000), np.float32), np.arange(3)), "60,000 features"),
     (lambda: RFMClassifier(memory_limit=2**31).fit(np.arange(60_000.0)[:, None], np.arange(60_000)), "60,000 outputs"),
     (lambda: DeepRFMClassifier(width=2_000_000, depth=2, memory_limit=2**31).fit(np.random.default_rng(0).normal(size=(6, 1, 8, 8)), np.arange(6) % 2), "width=2,000,000"),
-    (lambda: MapRFMRegressor("shared", channels=60_000, memory_limit=2**31).fit(np.zeros((3, 60_000), np.float32), np.arange(3)), "60,000 channels"),
+    (lambda: MapRFMRegressor("shared", channels=60_000, memory_limit=2**31).fit(np.zeros((3, 60_000), np.float32), np.arange(3)), "60,000 features"),
     (lambda: Laplace()(np.zeros((600_000, 1), np.float32)), "600,000 rows"),
 ], ids=["features", "labels", "width", "channels", "kernel"])
 def test_too_much_is_refused_before_the_work(make, what):
@@ -605,5 +610,7 @@ def test_transfer_from_a_machine_on_maps():
     A = FITTED["regressor MapRFM shared"].M_
     want = np.kron(A, np.eye(4))
     np.testing.assert_allclose(full.M_ / np.trace(full.M_), want / np.trace(want), atol=1e-12)
-    with pytest.raises(ValueError, match="takes no matrix to start from"): TransferRFM(FITTED["regressor MapRFM diag"]).fit(X, y)
-    with pytest.raises(TypeError, match="learner must be"): TransferRFM(np.eye(16), MapRFMRegressor()).fit(X, y)
+    alone = TransferRFM(FITTED["regressor MapRFM diag"], cv=None, weight=1.0).fit(X, y)
+    assert isinstance(alone.learner_, MapRFMRegressor)
+    with pytest.raises(ValueError, match="takes no matrix to start from"): TransferRFM(FITTED["regressor MapRFM shared"]).fit(X, y)
+    with pytest.raises(TypeError, match="learner must be"): TransferRFM(np.eye(16), MapRFMRegressor("shared", channels=4)).fit(X, y)

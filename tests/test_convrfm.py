@@ -14,10 +14,21 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import FunctionTransformer
 
 import agop_book.convrfm as convrfm
+import agop_book.imagerfm as imagerfm
 from agop_book.agop import matrix_power
 from agop_book.cntk import CNTK, patch_agop
-from agop_book.convrfm import (ConvRFMClassifier, ConvRFMRegressor, DeepRFMClassifier, DeepRFMRegressor, conv_rounds, convolve, draw_filters, next_metric, noisy_frames,
-                               ridge_fits, seen_through, stars)
+from agop_book.convrfm import (
+    ConvRFMClassifier,
+    ConvRFMRegressor,
+    DeepRFMClassifier,
+    DeepRFMRegressor,
+    noisy_frames,
+    stars,
+)
+from agop_book.deeprfm import draw_filters
+from agop_book.imagerfm import ImageSolver, next_metric
+from agop_book.solvers import first, rounds
+from agop_book.images import convolve, seen_through
 
 FIXTURE = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "cntk_fixture.npz"
 ESTIMATORS = [ConvRFMClassifier, ConvRFMRegressor, DeepRFMClassifier, DeepRFMRegressor]
@@ -74,7 +85,7 @@ def plain_rounds(kernel, X, Y, reg, n_iter, rows):
 def test_rounds_equal_the_plain_algorithm(depth, padding):
     X, y = problem(16)
     Y, kernel = np.eye(2)[y], CNTK(depth, 3, padding)
-    fast = conv_rounds(kernel, torch.from_numpy(X), torch.from_numpy(Y), (1e-2,), 2, slice(5))
+    fast = rounds(ImageSolver(kernel, torch.from_numpy(X), torch.from_numpy(Y), [1e-2], slice(5)), 2)
     for step, (coef, M) in zip(fast, plain_rounds(kernel, X, Y, 1e-2, 2, slice(5)), strict=True):
         np.testing.assert_allclose(step.machine.coef, coef, rtol=1e-6, atol=1e-9)
         assert (M is None) == (step.machine.M is None)
@@ -85,7 +96,7 @@ def test_rounds_equal_the_plain_algorithm(depth, padding):
 def test_machine_agop_against_finite_differences():
     "With one patch per image the patch gradient is the image gradient."
     X, y = problem(10, side=3)
-    step = next(iter(conv_rounds(CNTK(1, 3), torch.from_numpy(X), torch.from_numpy(np.eye(2)[y]), (1e-2,), 0)))
+    step = first(ImageSolver(CNTK(1, 3), torch.from_numpy(X), torch.from_numpy(np.eye(2)[y]), [1e-2]).fits(None))
     x, h = torch.from_numpy(problem(3, side=3, seed=5)[0]), 1e-5
     E = torch.eye(18, dtype=torch.float64).unflatten(1, (2, 3, 3)) * h
     g = torch.stack([(step.machine(image + E) - step.machine(image - E)) / (2 * h) for image in x])     # (images, entries, outputs)
@@ -215,12 +226,15 @@ def test_constant_identical_and_zero_images():
 
 
 def test_ridges():
-    K, Y = torch.ones(3, 3), torch.eye(3)
-    fits = ridge_fits(K, Y, [1e-12, 1e-2, 1.0])
-    assert [reg for _, reg in fits] == [1e-2, 1.0]
-    for coef, reg in fits: torch.testing.assert_close((K + reg * torch.eye(3)) @ coef, Y, rtol=1e-3, atol=1e-3)
-    with pytest.warns(UserWarning, match=r"not positive definite with reg=1e-12; using reg=.*larger reg"): (coef, reg), = ridge_fits(K, Y, [1e-12])
-    assert reg > 1e-12 and torch.isfinite(coef).all()
+    K, Y = torch.ones(3, 3), torch.eye(3)                             # the same image three times
+    same = torch.ones(3, 1, 4, 4)
+    def fits(regs): return list(ImageSolver(CNTK(1, 3), same, Y, regs).fits(None))
+    assert [fit.reg for fit in fits([1e-12, 1e-2, 1.0])] == [1e-2, 1.0]
+    for fit in fits([1e-2, 1.0]):
+        coef = (Y - fit.fitted) / fit.reg
+        torch.testing.assert_close((K + fit.reg * torch.eye(3)) @ coef, Y, rtol=1e-3, atol=1e-3)
+    with pytest.warns(UserWarning, match=r"not positive definite with reg=1e-12; using reg=.*larger reg"): (fit,) = fits([1e-12])
+    assert fit.reg > 1e-12 and torch.isfinite(fit.machine.coef).all()
     X, y = problem(12, dtype=np.float32)
     twice, labels = np.concatenate([X, X]), np.concatenate([y, 1 - y])
     with pytest.warns(UserWarning, match="not positive definite with reg=0"): model = ConvRFMClassifier(depth=1, n_iter=0, reg=0.0).fit(twice, labels)
@@ -229,12 +243,12 @@ def test_ridges():
 
 def test_interrupted_fit_keeps_its_rounds(monkeypatch):
     X, y = problem()
-    calls, real = [], convrfm.patch_agop
+    calls, real = [], imagerfm.patch_agop
     def stop_at_second(*args):
         calls.append(1)
         if len(calls) == 2: raise KeyboardInterrupt
         return real(*args)
-    monkeypatch.setattr(convrfm, "patch_agop", stop_at_second)
+    monkeypatch.setattr(imagerfm, "patch_agop", stop_at_second)
     model = ConvRFMClassifier(depth=1, n_iter=5)
     with pytest.raises(KeyboardInterrupt): model.fit(X, y)
     assert len(model.history_) == 2 and model.predict(X).shape == (24,)

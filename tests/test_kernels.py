@@ -8,7 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agop_book.kernels import KERNELS, NTK, Gaussian, GeneralizedExponential, KernelMachine, Laplace, Matern32, Matern52, as_tensor, check_metric
+from agop_book.arrays import as_tensor
+from agop_book.kernels import KERNELS, NTK, Gaussian, GeneralizedExponential, Laplace, Matern32, Matern52
+from agop_book.machines import KernelMachine
+from agop_book.metrics import check_metric
 
 ALL = [Laplace(1.5), Gaussian(1.5), GeneralizedExponential(1.5, 1.4), GeneralizedExponential(1.5, 0.7), Matern32(1.5), Matern52(1.5), NTK(1), NTK(3)]
 RADIAL = ALL[:6]
@@ -65,8 +68,8 @@ def test_blocks_do_not_change_the_result(kernel, monkeypatch):
     x = torch.randn(70, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     machine = KernelMachine(kernel, x, x[:, :2])
     whole = machine(x), machine.agop(center=True)
-    monkeypatch.setattr("agop_book.kernels.TILE", 16)
-    monkeypatch.setattr("agop_book.kernels.blocks.__defaults__", (16,))
+    monkeypatch.setattr("agop_book.machines.TILE", 16)
+    monkeypatch.setattr("agop_book.points.blocks.__defaults__", (16,))
     torch.testing.assert_close(machine(x), whole[0])
     torch.testing.assert_close(machine.agop(center=True), whole[1])
 

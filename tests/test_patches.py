@@ -8,7 +8,7 @@ from torch import nn
 
 from agop_book import patches
 from agop_book.agop import matrix_power
-from agop_book.book.data import DataNotFound, UnreadableData
+from agop_book.book.sources import DataNotFound, UnreadableData
 from agop_book.patches import CifarResNet, SmallVGG, as_photos, cifar_resnet, cnn, edge_filters, layer_grid, most_like, patch_operators
 
 

@@ -18,9 +18,14 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from agop_book.book.data import low_rank
-from agop_book.kernels import Gaussian, KERNELS, KernelMachine, Laplace, Matern52, NTK, Points
-from agop_book.rfm import CholeskySolver, RFMClassifier, RFMRegressor, cholesky_, fill, plan_memory, rounds, slopes_product
+from agop_book.book.lowrank import low_rank
+from agop_book.kernels import Gaussian, KERNELS, Laplace, Matern52, NTK
+from agop_book.machines import KernelMachine
+from agop_book.points import Points
+from agop_book.dense import cholesky_, gram_and_slopes_, slopes_product
+from agop_book.rfm import RFMClassifier, RFMRegressor
+from agop_book.solvers import CholeskySolver, Solver, first, plan_memory, rounds
+from agop_book.structures import Diagonal, Full
 
 
 @parametrize_with_checks([RFMRegressor(), RFMClassifier(), RFMRegressor(diag=True), RFMClassifier(kernel="ntk")])
@@ -49,12 +54,14 @@ def plain_rounds(kernel, X, Y, reg, n_iter, diag, center):
 @pytest.mark.parametrize("center", [False, True])
 def test_rounds_equal_the_plain_algorithm(name, diag, center):
     kernel = KERNELS[name]()
+    if not diag and "full" not in kernel.metrics: pytest.skip("takes a diagonal only")
     X, Y = problem(70, 4, 2)
-    fast = rounds(CholeskySolver(70, 4, 2, torch.zeros(1, dtype=torch.float64)), kernel, torch.from_numpy(X), torch.from_numpy(Y), 1e-2, 2, None, diag, center)
-    for machine, (coef, M, used) in zip(plain_rounds(kernel, X, Y, 1e-2, 2, diag, center), fast, strict=True):
-        torch.testing.assert_close(coef, machine.coef, rtol=1e-6, atol=1e-8)
-        assert used == 1e-2 and (M is None) == (machine.M is None)
-        if M is not None: torch.testing.assert_close(M, machine.M, rtol=1e-6, atol=1e-10)
+    solver = CholeskySolver(kernel, torch.from_numpy(X), torch.from_numpy(Y), [1e-2], Diagonal() if diag else Full(), center)
+    for machine, fit in zip(plain_rounds(kernel, X, Y, 1e-2, 2, diag, center), rounds(solver, 2), strict=True):
+        torch.testing.assert_close(fit.machine.coef, machine.coef, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(fit.fitted, fit.machine(torch.from_numpy(X)), rtol=1e-6, atol=1e-8)
+        assert fit.reg == 1e-2 and (fit.M is None) == (machine.M is None)
+        if fit.M is not None: torch.testing.assert_close(fit.M, machine.M, rtol=1e-6, atol=1e-10)
 
 
 @settings(deadline=None, max_examples=20)
@@ -65,7 +72,7 @@ def test_one_buffer_holds_factor_and_slopes(n, d, tile, seed):
     buf = torch.full((n, n), torch.nan, dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("agop_book.kernels.blocks.__defaults__", (tile,))
-        fill(kernel, Points(X), buf)
+        gram_and_slopes_(buf, kernel, Points(X))
         K, A = kernel.tile(Points(X), Points(X), slopes=True)
         A.fill_diagonal_(0)
         torch.testing.assert_close(buf.tril(), K.tril())
@@ -119,6 +126,7 @@ DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
        dtype=st.sampled_from([np.float64, np.float32, np.float16, np.int64, np.uint8, bool]), device=st.sampled_from(DEVICES), seed=st.integers(0, 1000))
 def test_shapes_dtypes_and_devices(n, d, c, n_iter, diag, name, dtype, device, seed):
     rng = np.random.default_rng(seed)
+    diag = diag or "full" not in KERNELS[name].metrics
     X, Y = (rng.normal(size=(n, d)) * 3).clip(0 if dtype in (np.uint8, bool) else -9).astype(dtype), rng.normal(size=(n, c))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")     # few or equal rows may need a larger ridge
@@ -207,15 +215,15 @@ def test_damaged_and_wrong_files(tmp_path):
 def test_interrupted_fit_keeps_finished_rounds_and_resumes(monkeypatch):
     X, y = problem(80)
     whole = RFMRegressor(n_iter=4).fit(X, y)
-    solve, calls = CholeskySolver.solve, []
+    prepare, calls = CholeskySolver.prepare, []
 
-    def interrupted(self, *args, **options):
+    def interrupted(self, *args):
         calls.append(1)
         if len(calls) == 3: raise KeyboardInterrupt
-        return solve(self, *args, **options)
+        return prepare(self, *args)
 
     model = RFMRegressor(n_iter=4, warm_start=True)
-    monkeypatch.setattr(CholeskySolver, "solve", interrupted)
+    monkeypatch.setattr(CholeskySolver, "prepare", interrupted)
     with pytest.raises(KeyboardInterrupt): model.fit(X, y)
     assert len(model.history_) == 2
     model.fit(X, y)
@@ -228,11 +236,13 @@ def test_interrupted_fit_keeps_finished_rounds_and_resumes(monkeypatch):
 def test_all_outputs_together_equal_one_by_one(n, d, c, center, diag, kernel, seed):
     torch.manual_seed(seed)
     X, Y = torch.randn(n, d, dtype=torch.float64), torch.randn(n, c, dtype=torch.float64)
-    solver, side = CholeskySolver(n, d, c, X), Points(X)
-    coef, used = solver.solve(kernel, side, Y, 1e-2, True)
-    exact = KernelMachine(kernel, X, coef).agop(center=center, diag=diag)
+    structure = Diagonal() if diag else Full()
+    solver = CholeskySolver(kernel, X, Y, [1e-2], structure, center)
+    fit = first(solver.fits(None))
+    exact = fit.machine.agop(center=center, diag=diag)
     apart = float(torch.pdist(X).min()) > 0.02
-    for got in (solver._together(side, coef, diag, center), n * solver.agop(kernel, side, Y, coef, used, None, diag, center)):
+    one_by_one = sum(structure.product(J, J) for J in solver.gradients(fit))
+    for got in (solver.together(fit.machine.coef), one_by_one, n * solver.agop(fit), n * Solver.agop(solver, fit)):
         if got is not None: np.testing.assert_allclose(got / n, exact, atol=(1e-9 if apart else 1e-4) * float(exact.abs().max()) + 1e-14)
 
 
@@ -240,11 +250,11 @@ def test_near_coincident_points_are_taken_one_by_one():
     torch.manual_seed(0)
     X = torch.randn(60, 8, dtype=torch.float64)
     X, Y = torch.cat([X, X + 1e-4 * torch.randn_like(X)]), torch.randn(120, 40, dtype=torch.float64)
-    solver, side, kernel = CholeskySolver(120, 8, 40, X), Points(X), Laplace(3.0)
-    coef, used = solver.solve(kernel, side, Y, 1e-4, True)
-    assert solver._together(side, coef, False, False) is None
-    exact = KernelMachine(kernel, X, coef).agop()
-    np.testing.assert_allclose(solver.agop(kernel, side, Y, coef, used, None, False, False), exact, atol=1e-6 * float(exact.abs().max()))
+    solver = CholeskySolver(Laplace(3.0), X, Y, [1e-4])
+    fit = first(solver.fits(None))
+    assert solver.together(fit.machine.coef) is None
+    exact = fit.machine.agop()
+    np.testing.assert_allclose(solver.agop(fit), exact, atol=1e-6 * float(exact.abs().max()))
 
 
 def test_warm_start_goes_on_from_the_kept_round():
@@ -323,7 +333,8 @@ def test_peak_memory_is_what_was_planned():
     "Resident memory grows by no more than the plan says (n = 4,000: one 122 MiB buffer)."
     code = """
 import threading, time, numpy as np, psutil
-from agop_book.rfm import RFMRegressor, plan_memory
+from agop_book.rfm import RFMRegressor
+from agop_book.solvers import plan_memory
 rng, me, peak, done = np.random.default_rng(0), psutil.Process(), 0, False
 X = rng.normal(size=(300, 50)); RFMRegressor(n_iter=1).fit(X, X[:, 0])
 X = rng.normal(size=(4000, 50)); before = me.memory_info().rss

@@ -19,7 +19,8 @@ from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 
 from agop_book.book import tabular
-from agop_book.book.data import DataNotFound, Task, UnreadableData
+from agop_book.book.sources import DataNotFound, UnreadableData
+from agop_book.book.uci import Task
 from agop_book.kernels import NTK, Laplace
 from agop_book.rfm import RFMClassifier
 from agop_book.book.tabular import (MODELS, PROTOCOLS, TUNED, KernelModel, Model, accuracy_table, benchmark, choose_parameters, critical_difference, evaluate, friedman, gains_over, get_task, given_split, grinsztajn, holds,

@@ -16,7 +16,10 @@ from agop_book.cntk import CNTK
 from agop_book.convrfm import ConvRFMClassifier, ConvRFMRegressor, DeepRFMClassifier, stars
 from agop_book.kernels import NTK, Gaussian, Laplace
 from agop_book.rfm import RFMClassifier, RFMRegressor
-from agop_book.transfer import MODES, TransferRFM, mix, normalised, rotated, transfer
+from agop_book.mixing import mix, normalised, rotated
+from agop_book.transfer import TransferRFM, transfer
+
+MODES = ("fixed", "blend", "initial")
 
 D = 8
 

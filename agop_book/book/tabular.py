@@ -52,9 +52,11 @@ from .data import DataNotFound, Task, UnreadableData, load, read_task
 from .data import tasks as found_tasks
 from .figures import _append, _bar, _check_results, _finished, steady_output
 from ..files import check_writable, write_atomic
-from ..kernels import KERNELS, KernelMachine
+from ..kernels import KERNELS
+from ..machines import KernelMachine
 from ..memory import plan
-from ..rfm import SOLVERS, cholesky_, rounds
+from ..dense import cholesky_
+from ..solvers import SOLVERS, rounds
 
 # %% ../../nbs/04_tabular.ipynb #b7b4e191
 def _table(x, y):

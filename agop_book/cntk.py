@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from .agop import VANISHING
+from .accumulator import VANISHING
 from .arrays import as_tensor, to_family
 from .image_gradients import gradient_blocks, rounded
 from .image_kernels import ImageKernel

@@ -13,7 +13,7 @@ import torch
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
-from .agop import matrix_power
+from .matrices import matrix_power
 from .arrays import to_family
 from .image_data import convolve, patch_side
 from .imagerfm import ConvMachine, ImageRFM

@@ -23,9 +23,9 @@ from sklearn.model_selection import train_test_split
 from sklearn.utils.validation import check_is_fitted, validate_data
 from tqdm.auto import tqdm
 
-from .agop import cosine
 from .arrays import as_real, to_family
 from .devices import device as pick_device
+from .matrices import cosine
 from .memory import free_memory
 from .modelfiles import Saved
 from .outcome import warn_of_nothing_learned

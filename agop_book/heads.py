@@ -13,7 +13,7 @@ import torch
 from sklearn.utils import check_random_state
 from torch import nn
 
-from .agop import matrix_power
+from .matrices import matrix_power
 from .arrays import check_count, is_count, is_number
 from .nfa import nfa
 from .streams import check_texts, gpt2_body, read_moments

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn.functional import conv2d, fold, pad, unfold
 
-from .agop import matrix_power
+from .matrices import matrix_power
 from .arrays import as_real
 
 # %% ../nbs/workshop/image_data.ipynb #8ffd2fca

@@ -15,14 +15,14 @@ import torch
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
-from .agop import matrix_power, top_directions
 from .arrays import to_family
 from .cntk import CNTK, patch_agop
 from .estimators import BaseRFM
 from .image_data import image_rows, seen_through
 from .kernelrfm import RULES as ROW_RULES
-from .metrics import check_metric
+from .matrices import matrix_power, top_directions
 from .memory import plan
+from .metrics import check_metric
 from .parameters import Rule, check_parameters, flag, number, one_of
 from .solvers import Fit, Solver
 

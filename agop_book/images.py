@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from .agop import matrix_power
+from .matrices import matrix_power
 from .arrays import as_tensor
 from .metrics import check_metric
 

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from sklearn.utils.validation import check_is_fitted
 
-from .agop import matrix_power
 from .arrays import to_family
 from .estimators import BaseRFM
 from .kernels import KERNELS, Kernel
 from .machines import KernelMachine
+from .matrices import matrix_power
 from .metrics import apply_metric, check_metric
 from .modelfiles import kernel_from_header, kernel_to_header
 from .parameters import Rule, flag, number, one_of, several

@@ -8,10 +8,10 @@ __all__ = ['MapRFMRegressor', 'MapRFMClassifier']
 # %% ../nbs/workshop/maprfm.ipynb #9b2c6aa2
 import torch
 
-from .agop import matrix_power
-from .kernels import Kernel
-from .metrics import apply_metric
 from .kernelrfm import RULES, KernelRFM
+from .kernels import Kernel
+from .matrices import matrix_power
+from .metrics import apply_metric
 from .parameters import one_of
 from .rfm import RFMClassifier, RFMRegressor
 from .structures import Diagonal, SharedChannels

@@ -12,7 +12,7 @@ from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError
 from sklearn.utils import check_array
 
-from .agop import matrix_power
+from .matrices import matrix_power
 from .arrays import as_tensor
 from .images import check_images
 from .imagerfm import ImageRFM

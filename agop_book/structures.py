@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .matrices import matrix_power
 from .metrics import Shared
-from .agop import matrix_power
 
 # %% ../nbs/workshop/structures.ipynb #97ba8d0b
 @dataclass(frozen=True)

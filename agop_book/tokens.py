@@ -15,7 +15,7 @@ from scipy.linalg import subspace_angles
 from scipy.stats import ortho_group
 from sklearn.utils import check_random_state
 
-from .agop import matrix_power
+from .matrices import matrix_power
 from .arrays import check_count
 # value heads have their room in the workshop, and this is their front door
 from .heads import Direction, ValueHeads, delta_moment, logit_root  # noqa: F401

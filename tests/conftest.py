@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.utils.checkpoint
 
 ROOT = Path(__file__).parents[1]
 
@@ -89,3 +90,17 @@ def planned_and_taken():
         assert done.returncode == 0, done.stderr[-3000:]
         return tuple(map(int, done.stdout.split()))
     return run
+
+
+@pytest.fixture
+def seed():
+    "The same random numbers in every test."
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def nothing_left_behind():
+    "Settings of torch are afterwards as they were."
+    yield
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert "apply" not in vars(torch.utils.checkpoint.CheckpointFunction)

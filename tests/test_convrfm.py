@@ -15,7 +15,7 @@ from sklearn.preprocessing import FunctionTransformer
 
 import agop_book.convrfm as convrfm
 import agop_book.imagerfm as imagerfm
-from agop_book.agop import matrix_power
+from agop_book.matrices import matrix_power
 from agop_book.cntk import CNTK, patch_agop
 from agop_book.convrfm import (
     ConvRFMClassifier,

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from agop_book.agop import matrix_power
+from agop_book.matrices import matrix_power
 from agop_book.operators import PatchOperator, patch_operators
 from agop_book.patches import edge_filters, most_like
 

@@ -13,7 +13,7 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import nn
 
-from ..agop import matrix_power, pearson
+from ..matrices import matrix_power, pearson
 from ..arrays import check_count
 from ..memory import plan
 

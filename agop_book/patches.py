@@ -34,7 +34,7 @@ from .book.data import DataNotFound, UnreadableData, _open_rgb, _rgb
 from .arrays import check_count
 from .book.data import cache_dir, data_roots, load
 from .devices import device
-from .book.figures import pick
+from .book.run import pick
 from .book.mlps import _seeded, trained
 from .nfa import nfa
 

@@ -17,15 +17,15 @@ from importlib.util import find_spec
 import agop_book
 from .extras import MissingExtra
 
-# %% ../nbs/workshop/cli.ipynb #c75ab687
+# %% ../nbs/workshop/cli.ipynb #b3bf7aaa
 _CORE = ("numpy", "scipy", "torch", "scikit-learn", "pandas")
 _EXTRAS = {"book": "nbclient", "vision": "torchvision", "text": "transformers", "tabular": "openml"}
 
 
 def _about(args):
     "Versions, device and memory, as a report of a fault needs them."
-    from .devices import device_name
-    from .memory import free_memory
+    from agop_book.devices import device_name
+    from agop_book.memory import free_memory
     print(f"agop_book {agop_book.__version__}")
     print(f"Python {platform.python_version()}, {platform.platform()}")
     print(", ".join(f"{name} {metadata.version(name)}" for name in _CORE))
@@ -36,18 +36,18 @@ def _about(args):
 
 
 def _reproduce(args):
-    from .book.reproduce import reproduce
+    from agop_book.book.reproduce import reproduce
     return reproduce(args.figures, scale=args.scale, device=args.device, out=args.out,
                      force=args.force, chapters_in=args.chapters_in)
 
 
 def _list(args):
-    from .book.reproduce import listing
+    from agop_book.book.reproduce import listing
     return _print_table(listing(args.out, args.chapters_in))
 
 
 def _data(args):
-    from .book.data import available
+    from agop_book.book.data import available
     return _print_table(available())
 
 
@@ -115,7 +115,7 @@ def main(
     chapters_in=None,  # folder with notebooks; None: the book's own
 ) -> int:              # exit code
     "The command `agop-book`."
-    from .book.run import steady_output
+    from agop_book.book.run import steady_output
     try:
         with steady_output():
             return _command(argv, chapters_in)
@@ -125,7 +125,7 @@ def main(
 
 def _command(argv, chapters_in):
     "The command's exit code; errors of the caller and interruptions are said in a sentence."
-    from .book.run import UsageError
+    from agop_book.book.run import UsageError
     try:
         args = _parser(chapters_in).parse_args(argv)
     except SystemExit as stop:

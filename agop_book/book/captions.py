@@ -77,9 +77,9 @@ def _cell(text):
     "A text that stays in its cell of a table."
     return str(text).replace("|", "\\|").replace("\n", " ")
 
-# %% ../../nbs/book/captions.ipynb #389e5451
-_SMALL = (280, 180)      # pixels of a thumbnail: 27 of them take 230 kB of a notebook
-_QUALITY = 55            # of JPEG, on which lines stay clean at this size
+# %% ../../nbs/book/captions.ipynb #69091d85
+_SMALL = (256, 160)      # pixels of a thumbnail: 27 of them take 190 kB of a notebook
+_QUALITY = 50            # of JPEG, on which lines stay clean at this size
 
 
 def thumbnail(

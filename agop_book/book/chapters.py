@@ -168,7 +168,7 @@ def chapters(
     names = sorted(order, key=lambda name: name == "index")
     return [Chapter.read(folder, name, order[name]) for name in names]
 
-# %% ../../nbs/book/chapters.ipynb #73b9df1e
+# %% ../../nbs/book/chapters.ipynb #837d5b76
 def book_map(
     folder=None,   # as in `chapters`
 ):                 # IPython's Markdown, which a notebook shows
@@ -180,7 +180,7 @@ def book_map(
             part = chapter.part
             lines += ["", f"| {part} | |", "|---|---|"]
         title, subtitle = (t.replace("|", "\\|") for t in (chapter.title, chapter.subtitle))
-        lines.append(f"| [{title}]({chapter.name}.ipynb) | {subtitle} |")
+        lines.append(f"| [{title}]({chapter.name}.ipynb) | {subtitle.rstrip('.')} |")
     return Markdown("\n".join(lines[1:]))
 
 # %% ../../nbs/book/chapters.ipynb #5cb1e388

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plain', 'device_label', 'record', 'read_record', 'records', 'paper_table']
 
-# %% ../../nbs/book/records.ipynb #46e54f9c
+# %% ../../nbs/book/records.ipynb #7f744a02
 import json
 import math
 import numbers
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pandas as pd
 
+import agop_book
 from .run import SCALES, notebooks, out_dir, scale
 from ..devices import device_name
 from ..files import write_atomic
@@ -56,8 +57,8 @@ def _finite(value):
 # %% ../../nbs/book/records.ipynb #37583618
 def _versions():
     "Versions of Python and of the libraries that decide a result."
-    found = {"python": platform.python_version()}
-    for name in ("agop_book", "numpy", "torch", "scikit-learn"):
+    found = {"python": platform.python_version(), "agop_book": agop_book.__version__}
+    for name in ("numpy", "torch", "scikit-learn"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -192,7 +193,7 @@ def read_record(
     warnings.warn(f"{path} is left out, because it is no whole record of a figure: {fault}",
                   stacklevel=2)
 
-# %% ../../nbs/book/records.ipynb #2d22baee
+# %% ../../nbs/book/records.ipynb #442001fa
 def _whole(folder):
     "The entries of all whole records in a folder, by the paths of their JSONs."
     found = {path: read_record(path) for path in sorted(folder.glob("*.json"))}
@@ -206,9 +207,9 @@ def records(
     places = [Path(folder)] if folder is not None else [
         Path(os.environ.get("AGOP_BOOK_OUT") or "agop_book_out"), notebooks() / "records"]
     found = next(filter(None, map(_whole, places)), {})
-    rows = [{**entry, "png": path.with_suffix(".png").absolute()} for path, entry in found.items()]
-    table = pd.DataFrame(rows, columns=[*_FIELDS, "fingerprint", "png"])
-    return table.astype({"fingerprint": object}).where(table.fingerprint.notna(), None)
+    rows = [{"fingerprint": None, **entry, "png": path.with_suffix(".png").absolute()}
+            for path, entry in found.items()]
+    return pd.DataFrame(rows, columns=[*_FIELDS, "fingerprint", "png"])
 
 # %% ../../nbs/book/records.ipynb #dd63446f
 def _flat(numbers, prefix=""):

@@ -373,6 +373,7 @@ def plant(out):
     (out / "chapters/99_x.ipynb").write_text("[" * 100_000)
 
 
+@pytest.mark.filterwarnings("ignore:.*is left out")
 def test_foreign_records_do_not_end_the_report(book, out):
     chapter(book, "01_a", "# A", IMPORTS, fig("a-1"))
     assert run(book, out)[0] == 0

@@ -75,7 +75,7 @@ def _read(path, name, changed):
     "The source of a module, without nbdev's cell ids, and the full names that it imports."
     text = path.read_text(encoding="utf-8")
     imported = list(_imported(text, name.rpartition(".")[0]))
-    if name == "agop_book.all":                     # which imports whatever it finds, but no command
+    if name == "agop_book.all":                    # which imports whatever it finds, but no command
         modules = (module.stem for module in path.parent.glob("[!_]*.py"))
         imported += [f"agop_book.{module}" for module in modules if module != "cli"]
     return re.sub(r"^(#.*)?\n", "", text, flags=re.M), imported
@@ -123,10 +123,12 @@ class Chapter:
 
     @property
     def title(self):
+        "The heading of the first cell."
         return _first(self.notebook.cells, "# ") or self.name
 
     @property
     def subtitle(self):
+        "The sentence below it, or an empty string."
         return _first(self.notebook.cells, "> ")
 
     @classmethod

@@ -51,7 +51,7 @@ def test_chapter_alone(name, site, env, tmp_path):
     nb.cells.insert(0, nbformat.v4.new_code_cell(check))                # the wheel's package, not the checkout's
     nbformat.write(nb, folder / name)
     run = ("import sys, nbformat; from nbclient import NotebookClient; nb = nbformat.read(sys.argv[1], 4)\n"
-           "from agop_book.book.reproduce import _runs\n"
+           "from agop_book.book.chapters import runs as _runs\n"
            "for c in nb.cells:\n    if c.cell_type == 'code' and not _runs(c): c.source = ''\n"
            "NotebookClient(nb, timeout=300, kernel_name='python3', resources={'metadata': {'path': '.'}}).execute()")
     done = subprocess.run([sys.executable, "-c", run, name], cwd=folder, env=env, capture_output=True, text=True)

@@ -12,7 +12,9 @@ from address import settings  # noqa: E402
 
 cfg = settings()
 
-project, author, copyright = cfg["title"], cfg["author"], cfg["copyright"]
+project = cfg["title"]
+author = cfg["author"]
+copyright = cfg["copyright"]
 release = version = cfg["version"]
 language = "en"
 extensions = ["myst_nb"]

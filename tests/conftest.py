@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("agop_book", "nbs", "settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE")
@@ -48,18 +49,37 @@ def copy_book():
 
 
 @pytest.fixture(scope="session")
-def installed(tmp_path_factory, copy_book):
-    "A folder with the wheel installed in it, from a copy of the sources: the checkout stays clean."
-    source, dist, folder = (tmp_path_factory.mktemp(n) for n in ("source", "dist", "installed"))
-    copy_book(source, *SOURCES)
+def once(tmp_path_factory):
+    "once(name, make): the folder of that name, made by make(folder) for all of pytest's processes."
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
+    def get(name, make):
+        folder = shared / name
+        with FileLock(shared / f"{name}.lock"):
+            if not (folder / "finished").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                (folder / "finished").touch()
+        return folder
+    return get
+
+
+@pytest.fixture(scope="session")
+def installed(once, copy_book):
+    "A folder with the wheel installed in it, from a copy of the sources: the checkout stays clean."
     def pip(*arguments):
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", *arguments]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", dist, source)
-    pip("install", "--no-deps", "--no-index", "--target", folder, next(dist.glob("*.whl")))
-    return folder
+
+    def make(folder):
+        source, dist = copy_book(folder / "source", *SOURCES), folder / "dist"
+        pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", dist, source)
+        wheel = next(dist.glob("*.whl"))
+        pip("install", "--no-deps", "--no-index", "--target", folder / "packages", wheel)
+    return once("installed", make) / "packages"
 
 
 @pytest.fixture(scope="session")

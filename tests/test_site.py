@@ -175,34 +175,43 @@ def test_navigation_is_the_order_of_the_book(visit, name):
     assert found == [f"/{page}.html" for page in PAGES]
 
 
-@pytest.mark.parametrize("name", ["02_agop", "workshop/arrays"])
-def test_a_name_is_a_link_to_its_definition(visit, name):
-    "`as_tensor` in the prose leads to the heading of as_tensor, in a page of any folder."
-    page = visit(f"{name}.html")
-    links = page.locator("article p a.reference.internal:has(code)").all()
-    hrefs = {link.evaluate("a => a.href") for link in links}
-    assert hrefs
-    for href in sorted(hrefs)[:3]:
-        assert page.goto(href).ok
-        anchor = href.partition("#")[2]
-        assert not anchor or page.locator(f'[id="{anchor}"]').count() == 1, href
+def test_names_lead_to_their_definitions(book, settings):
+    "nbdev's links to the published site are links between the pages, whatever their folder."
+    pages = {name: (book / "_site" / f"{name}.html").read_text(encoding="utf-8") for name in PAGES}
+    published = f'href="{settings["doc_host"]}{settings["doc_baseurl"]}/'
+    assert [name for name, text in pages.items() if published in text] == []
+    link = re.compile(r'href="((?:\.\./)?[\w/]+\.html)#[\w.]+"><code')
+    found = {name: link.findall(text) for name, text in pages.items()}
+    ways = {("/" in name, href.startswith("../")) for name in PAGES for href in found[name]}
+    assert {(False, False), (True, True)} <= ways        # from a lesson, and out of a folder
 
 
-def test_broken_links_fail_the_build(book, tmp_path, plain_env):
-    for name in ("_proc", "docs", "nbs"):
-        shutil.copytree(book / name, tmp_path / name)
-    shutil.copy2(book / "settings.ini", tmp_path)
-    for name, link in (("02_agop", "77_nowhere.ipynb"), ("workshop/arrays", "../no-such.ipynb")):
-        path = tmp_path / "_proc" / f"{name}.ipynb"
-        nb = nbformat.read(path, as_version=4)
-        text = f"[chapter]({link}) and [heading](/01_kernels.ipynb#no-such-heading)"
-        nb.cells.append(nbformat.v4.new_markdown_cell(text))
-        nbformat.write(nb, path)
-    sphinx = "-m sphinx -W --keep-going -q -b html -c docs _proc out/html".split()
-    done = run(*sphinx, cwd=tmp_path, env=plain_env | {"PYTHONPATH": str(ROOT)})
-    assert done.returncode != 0
-    for broken in ("77_nowhere", "no-such.ipynb", "no-such-heading"):
-        assert broken in done.stderr
+def page(cells, **front):
+    "A notebook as nbdev leaves it for Quarto."
+    front = "".join(f"{key}: {value}\n" for key, value in front.items())
+    first = nbformat.v4.new_raw_cell(f"---\n{front}---")
+    return nbformat.v4.new_notebook(cells=[first, *cells])
+
+
+def small_book(folder, cells):
+    "A book of an index and a page with these cells, in a folder of its own."
+    (folder / "part").mkdir(parents=True)
+    nbformat.write(page(cells, title="Page"), folder / "part/01_page.ipynb")
+    (folder / "index.md").write_text("# Index\n\n```{toctree}\npart/01_page\n```\n")
+
+
+def test_broken_links_fail_the_build(tmp_path, copy_book, plain_env):
+    book = copy_book(tmp_path, "settings.ini", "docs")
+    links = {"whole": "[a](../index.md) [b](/part/01_page.ipynb#a-heading)",
+             "broken": "[a](77_nowhere.ipynb) [b](/part/01_page.ipynb#no-such-heading)"}
+    done = {}
+    for name, text in links.items():
+        small_book(book / name, [nbformat.v4.new_markdown_cell(f"## A heading\n\n{text}")])
+        sphinx = f"-m sphinx -W --keep-going -q -b html -c docs {name} out-{name}".split()
+        done[name] = run(*sphinx, cwd=book, env=plain_env | {"PYTHONPATH": str(ROOT)})
+    assert done["whole"].returncode == 0, done["whole"].stderr
+    assert done["broken"].returncode != 0
+    assert all(name in done["broken"].stderr for name in ("77_nowhere", "no-such-heading"))
 
 
 PLANTED_HTML = """<table onclick='planted()'><tr><td><b>kept</b><script>planted()</script>
@@ -274,25 +283,17 @@ class Active(HTMLParser):
             self.kept += "text "
 
 
-def plant(folder):
-    "A site of one page, with active content in its stored outputs."
+def test_nothing_stored_in_an_output_runs(tmp_path, copy_book, plain_env):
     v4 = nbformat.v4
     outputs = [v4.new_output("display_data", data={k: text}) for k, text in PLANTED.items()]
     outputs.append(v4.new_output("stream", name="stdout", text="<script>planted()</script>"))
-    front = v4.new_raw_cell("---\ntitle: Planted\noutput-file: page.html\n---")
-    codes = [v4.new_code_cell("1 + 1", outputs=[o], execution_count=1) for o in outputs]
-    folder.mkdir()
-    nbformat.write(v4.new_notebook(cells=[front, *codes]), folder / "01_page.ipynb")
-    (folder / "index.md").write_text("# Index\n\n```{toctree}\n01_page\n```\n")
-
-
-def test_nothing_stored_in_an_output_runs(tmp_path, copy_book, plain_env):
     book = copy_book(tmp_path, "settings.ini", "docs")
-    plant(book / "_proc")
-    sphinx = "-m sphinx -q -b html -c docs _proc out".split()
+    small_book(book / "source", [v4.new_code_cell("1 + 1", outputs=[o], execution_count=1)
+                                 for o in outputs])
+    sphinx = "-m sphinx -q -b html -c docs source out".split()
     done = run(*sphinx, cwd=book, env=plain_env | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr[-3000:]
-    text = (book / "out/01_page.html").read_text()
+    text = (book / "out/part/01_page.html").read_text(encoding="utf-8")
     page = Active(text)
     assert page.found == [] and page.kept.count("text") == 2 and "link" in page.kept
     assert "color: green" in text and "background: url" not in text and r"\href" not in text

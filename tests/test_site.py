@@ -180,7 +180,7 @@ def test_names_lead_to_their_definitions(book, settings):
     pages = {name: (book / "_site" / f"{name}.html").read_text(encoding="utf-8") for name in PAGES}
     published = f'href="{settings["doc_host"]}{settings["doc_baseurl"]}/'
     assert [name for name, text in pages.items() if published in text] == []
-    link = re.compile(r'href="((?:\.\./)?[\w/]+\.html)#[\w.]+"><code')
+    link = re.compile(r'href="((?:\.\./)?[\w/]+\.html)#[\w.]+">(?:<span[^>]*>)?<code')
     found = {name: link.findall(text) for name, text in pages.items()}
     ways = {("/" in name, href.startswith("../")) for name in PAGES for href in found[name]}
     assert {(False, False), (True, True)} <= ways        # from a lesson, and out of a folder

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from ..arrays import is_count
 from .load import load
-from .figures import pick
+from .run import pick
 from ..devices import device
 
 # %% ../../nbs/book/characters.ipynb #1e3bd913

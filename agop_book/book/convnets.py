@@ -21,7 +21,7 @@ from torch import nn
 
 from ..arrays import check_count
 from .data import DataNotFound, cache_dir, data_roots, load
-from .figures import pick
+from .run import pick
 from .train import seeded, trained
 from ..devices import device
 from ..files import UnreadableData

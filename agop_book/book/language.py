@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..arrays import check_count
-from .figures import pick
+from .run import pick
 from .load import load
 from .models import TokenLoss, gpt2, transformer_net
 from .sources import DataNotFound, data_roots

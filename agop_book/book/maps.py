@@ -21,7 +21,7 @@ from torch import nn
 
 from .convnets import SMALL_VGGS
 from .data import Dataset, load
-from .figures import pick
+from .run import pick
 from ..devices import device
 from ..operators import patch_operators
 from ..photos import as_photos, overlay

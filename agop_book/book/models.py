@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 from ..arrays import check_count
-from .figures import pick
+from .run import pick
 from .load import load
 from .lowrank import low_rank
 from .mlps import MLP

@@ -28,7 +28,8 @@ from torch import nn
 
 from ..arrays import check_count
 from .configurations import alike, configuration, plain, sketch, sketch_samples
-from .figures import _bar, out_dir, scale
+from .run import progress
+from .run import out_dir, scale
 from .weights import find_weights, write_weights
 from ..files import check_writable, load_arrays, save_arrays
 
@@ -136,7 +137,7 @@ class _Progress(Callback):
 
     def on_train_begin(self, net, **kwargs):
         done = len(net.history)
-        self.bar = _bar(None, total=done + net.max_epochs, initial=done,
+        self.bar = progress(None, total=done + net.max_epochs, initial=done,
                         desc=self.name, unit="epoch")
 
     def on_epoch_end(self, net, **kwargs):

@@ -20,7 +20,7 @@ from safetensors.torch import save_model
 
 import agop_book
 from .configurations import alike
-from .figures import out_dir
+from .run import out_dir
 from ..files import write_atomic
 
 # %% ../../nbs/book/weights.ipynb #23a6588a

@@ -20,7 +20,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.utils import check_random_state
 
 from ..arrays import as_real
-from .figures import PALETTE
+from ..draw import PALETTE
 from ..hub import minilm_folder
 from ..streams import value_inputs
 

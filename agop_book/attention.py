@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from .arrays import check_count
 from .book.data import DataNotFound, data_roots, load
 from .devices import device
-from .book.figures import pick
+from .book.run import pick
 from .book.mlps import trained
 
 # %% ../nbs/09_transformers.ipynb #29b6c719

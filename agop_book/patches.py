@@ -36,7 +36,7 @@ from .arrays import check_count
 from .book.load import load
 from .book.sources import cache_dir, data_roots
 from .devices import device
-from .book.figures import pick
+from .book.run import pick
 from .book.mlps import _seeded, trained
 from .nfa import nfa
 

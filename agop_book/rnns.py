@@ -223,7 +223,7 @@ def char_task(
     from skorch import NeuralNet
     from skorch.callbacks import GradientNormClipping, LRScheduler
     from agop_book.book.data import load
-    from agop_book.book.figures import pick
+    from agop_book.book.run import pick
     from agop_book.devices import device
     if task not in ("names", "text"): raise ValueError(f"task={task!r}: choose 'names' or 'text'")
     hidden, layers, epochs = pick(quick=(32, 1, 5), book=(128, 1, 10 if task == "names" else 7), paper=(256, 2, 20))

@@ -8,7 +8,7 @@ import nbformat
 import yaml
 from bleach.css_sanitizer import ALLOWED_CSS_PROPERTIES, CSSSanitizer
 
-from agop_book.book.figures import safe_markdown
+from agop_book.book.captions import safe_markdown
 
 BOOK = Path(__file__).parent.parent
 URL = re.compile(r"https://agop-book\.github\.io/agop_book/(\w+)\.html(?:#([\w.-]+))?")

@@ -36,7 +36,7 @@ import agop_book
 from ..arrays import check_count
 from .data import load, low_rank
 from ..devices import device
-from .figures import _bar, out_dir, pick, scale
+from .run import progress as _bar, out_dir, pick, scale
 from ..files import check_writable, load_arrays, save_arrays, write_atomic
 from ..memory import plan
 

@@ -56,15 +56,19 @@ def holds(
     longest = X[X.square().sum(1).argmax(), None]
     return len(X) * torch.finfo(dtype).eps * float(kernel(longest)) <= 0.1 * reg
 
-# %% ../../nbs/book/learners.ipynb #cffe55e2
-def unit_rows(x: np.ndarray) -> np.ndarray:
-    "Rows of `x` `(n, d)` divided by their Euclidean norm; rows of zeros stay."
+# %% ../../nbs/book/learners.ipynb #2262e4f0
+def unit_rows(
+    x: np.ndarray,   # (n, d)
+) -> np.ndarray:
+    "Rows divided by their Euclidean norm; rows of zeros stay."
     norm = np.linalg.norm(x, axis=1, keepdims=True)
     return x / np.where(norm > 0, norm, 1)
 
 
-def median_distance(x: np.ndarray) -> float:
-    "Median distance between different points among the first 1,000 rows of `x`; 1 if none differ."
+def median_distance(
+    x: np.ndarray,   # (n, d)
+) -> float:
+    "Median distance between different points among the first 1,000 rows; 1 if none differ."
     r = torch.pdist(torch.from_numpy(x[:1000]))
     return float(r[r > 0].median()) if (r > 0).any() else 1.0
 

@@ -19,8 +19,10 @@ from .learners import MODELS, TUNED, Model
 from .tasks import get_task
 from .uci import Task
 
-# %% ../../nbs/book/protocols.ipynb #0a211d6e
-def rows_and_folds(task: Task):
+# %% ../../nbs/book/protocols.ipynb #781fa3a0
+def rows_and_folds(
+    task: Task,   # in one table or in two
+):
     """Rows `x`, `y` of a task with its pairs of training and test rows.
 
     These are the given folds or, where there is a test table, that."""
@@ -31,7 +33,9 @@ def rows_and_folds(task: Task):
     return x, y, [(np.arange(n), np.arange(n, n + m))]
 
 
-def given_split(task: Task) -> list:
+def given_split(
+    task: Task,   # with a training and a validation part
+) -> list:
     "The published protocol: one choice for all folds, on the split that came with the task."
     return [[(task.train, task.validation)]]
 
@@ -58,7 +62,9 @@ def inner_folds(
 PROTOCOLS = {"published": (given_split, MODELS), "nested": (inner_folds, TUNED)}
 
 
-def check_protocol(protocol: str) -> None:
+def check_protocol(
+    protocol: str,   # what was asked for
+) -> None:
     "ValueError for a name that is not in `PROTOCOLS`."
     if isinstance(protocol, str) and protocol in PROTOCOLS: return
     raise ValueError(f"protocol={protocol!r} must be one of {sorted(PROTOCOLS)}")

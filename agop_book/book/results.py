@@ -17,13 +17,15 @@ from .sources import UnreadableData
 from .sweep import finished_rows
 from ..files import check_writable, write_atomic
 
-# %% ../../nbs/book/results.ipynb #f6513793
+# %% ../../nbs/book/results.ipynb #2d26e245
 def _rounded(folds):
     "Scores to six digits; None for a learner that failed."
     return [round(value, 6) for value in folds] if isinstance(folds, list) else None
 
 
-def results_text(results: pd.DataFrame) -> str:
+def results_text(
+    results: pd.DataFrame,  # rows of `benchmark`
+) -> str:
     "A benchmark as the text of its CSV file."
     table = results.assign(folds=results["folds"].map(_rounded))
     for column in ("folds", "chosen"):
@@ -39,11 +41,13 @@ def save_results(
     "Write a benchmark to a CSV file, whole or not at all; lists and dicts as JSON."
     write_atomic(check_writable(path), results_text(results).encode())
 
-# %% ../../nbs/book/results.ipynb #c860b627
+# %% ../../nbs/book/results.ipynb #be74d161
 _COLUMNS = {"task", "model", "protocol", "accuracy", "folds", "chosen", "error"}
 
 
-def read_results(path) -> pd.DataFrame:
+def read_results(
+    path,    # a file .csv or .jsonl
+) -> pd.DataFrame:
     """The benchmark that `save_results` wrote, or that `benchmark(out=...)` is writing (.jsonl).
 
     FileNotFoundError where there is none, UnreadableData for another table."""
@@ -80,13 +84,14 @@ def stored_results():
     path = notebooks() / "results" / "tabular-120.csv"
     return read_results(path) if path.is_file() else None
 
-# %% ../../nbs/book/results.ipynb #8416de5a
+# %% ../../nbs/book/results.ipynb #9fe88e32
 def _accuracy(word, where, what):
     "A percentage as a share; NaN for dashes."
     try:
         value = np.nan if set(word) == {"-"} else float(word) / 100
     except ValueError:
-        raise UnreadableData(f"{where}: {word!r} is not a number (the accuracy of {what})") from None
+        error = f"{where}: {word!r} is not a number (the accuracy of {what})"
+        raise UnreadableData(error) from None
     if np.isnan(value) or 0 <= value <= 1: return value
     raise UnreadableData(f"{where}: {word} is not a percentage between 0 and 100")
 
@@ -103,7 +108,9 @@ def _table_lines(path):
                          f"accuracies, found {len(lines)} lines")
 
 
-def read_published(path) -> pd.DataFrame:
+def read_published(
+    path,    # a text file
+) -> pd.DataFrame:
     """Columns task, model, accuracy from a text table of percentages.
 
     The table has a header of classifiers and one line per task, with `--` where one failed.

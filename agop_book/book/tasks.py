@@ -63,23 +63,27 @@ def split_task(
     n_classes = 0 if real else int(labels.max()) + 1
     return Task(name, StandardScaler().fit_transform(x), labels, n_classes, *halves, folds)
 
-# %% ../../nbs/book/tasks.ipynb #f6c8ec70
+# %% ../../nbs/book/tasks.ipynb #7bedca8a
 def _level(x):
     "Columns at mean 0 and variance 1; constant ones at 0."
     std = x.std(0)
     return (x - x.mean(0)) / np.where(std > 0, std, 1)
 
 
-def one_scale(task: Task) -> Task:
+def one_scale(
+    task: Task,    # any
+) -> Task:
     "A task in two tables with each at mean 0 and variance 1; other tasks as they are."
     if task.x_test is None: return task
     return replace(task, x=_level(task.x), x_test=_level(task.x_test))
 
-# %% ../../nbs/book/tasks.ipynb #b5fedb0c
+# %% ../../nbs/book/tasks.ipynb #bc8ffde9
 BUNDLED = {f"sklearn/{name}": name for name in ("iris", "wine", "breast_cancer", "digits")}
 
 
-def get_task(name: str) -> Task:
+def get_task(
+    name: str,    # of one of the 121, or in `BUNDLED`
+) -> Task:
     """One of the 121 by its name, or `sklearn/iris`, `sklearn/wine`, ...
 
     ValueError for other names, UnreadableData for a damaged folder."""

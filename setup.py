@@ -26,7 +26,6 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require={
         "vision": cfg["vision_requirements"].split(),
-        "tabular": cfg["tabular_requirements"].split(),
         "text": cfg["text_requirements"].split(),
         "dev": cfg["dev_requirements"].split(),
     },

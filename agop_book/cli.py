@@ -19,7 +19,7 @@ from .extras import MissingExtra
 
 # %% ../nbs/workshop/cli.ipynb #b3bf7aaa
 _CORE = ("numpy", "scipy", "torch", "scikit-learn", "pandas")
-_EXTRAS = {"book": "nbclient", "vision": "torchvision", "text": "transformers", "tabular": "openml"}
+_EXTRAS = {"book": "nbclient", "vision": "torchvision", "text": "transformers"}
 
 
 def _about(args):

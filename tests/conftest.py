@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.utils.checkpoint
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,3 +46,61 @@ def two_processes(tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
         return found
     return run
+
+
+MEASURE = """
+import gc, sys, threading, time
+import psutil, torch
+{setup}
+from agop_book import memory
+plans, plan = [], memory.plan
+def planned(*args, **options):
+    plans.append(plan(*args, **options))
+    return plans[-1]
+for name, module in list(sys.modules.items()):
+    if name.startswith("agop_book") and getattr(module, "plan", None) is plan:
+        module.plan = planned
+warm()                                                         # what is allocated once
+plans.clear()
+gc.collect()
+process, running, peak = psutil.Process(), True, [0]
+def watch():
+    while running:
+        peak[0] = max(peak[0], process.memory_info().rss)
+        time.sleep(0.0005)
+before, thread = process.memory_info().rss, threading.Thread(target=watch)
+thread.start()
+result = call()
+running = False
+thread.join()
+print(max(plans), peak[0] - before)
+"""
+
+
+@pytest.fixture
+def planned_and_taken():
+    """planned_and_taken(setup, *args): bytes that `memory.plan` gave for a call, and that it took.
+
+    In a process of its own; `setup` is code that defines `warm` and `call` from sys.argv[1:]."""
+    def run(setup, *args):
+        script = MEASURE.replace("{setup}", setup)
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, "-c", script, *map(str, args)], env=env,
+                              capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return tuple(map(int, done.stdout.split()))
+    return run
+
+
+@pytest.fixture
+def seed():
+    "The same random numbers in every test."
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def nothing_left_behind():
+    "Settings of torch are afterwards as they were."
+    yield
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert "apply" not in vars(torch.utils.checkpoint.CheckpointFunction)

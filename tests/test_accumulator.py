@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from agop_book import memory
-from agop_book.agop import AGOP, agop
+from agop_book.accumulator import AGOP
+from agop_book.agop import agop
 from agop_book.jacobians import pullbacks, random_signs
 from agop_book.kernels import Laplace
 from agop_book.machines import KernelMachine

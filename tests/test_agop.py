@@ -13,7 +13,9 @@ from sklearn.linear_model import LinearRegression
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from agop_book.agop import AGOP, Sketch, agop, matrix_power, top_directions
+from agop_book.accumulator import AGOP
+from agop_book.agop import Sketch, agop
+from agop_book.matrices import matrix_power, top_directions
 from agop_book.differences import choose_steps, differences
 from agop_book.jacobians import pullbacks, random_signs
 from agop_book.kernels import Laplace

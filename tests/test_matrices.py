@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from agop_book.agop import cosine, matrix_power, pearson, top_directions
+from agop_book.matrices import cosine, matrix_power, pearson, top_directions
 from test_agop import f64, normal, quick
 
 

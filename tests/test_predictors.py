@@ -20,7 +20,8 @@ from skorch import NeuralNetClassifier, NeuralNetRegressor
 from torch import nn
 from torch.utils.data import DataLoader
 
-from agop_book.agop import agop, cosine, matrix_power
+from agop_book.agop import agop
+from agop_book.matrices import cosine, matrix_power
 from agop_book.kernels import NTK, Gaussian, Laplace, Matern52
 from agop_book.machines import KernelMachine
 from agop_book.rfm import RFMRegressor

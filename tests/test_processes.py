@@ -54,7 +54,8 @@ import sys, time, datetime, torch, torch.distributed as dist
 from torch import nn
 sys.path.insert(0, sys.argv[2])
 from test_agop import mlp, normal
-from agop_book.agop import AGOP, agop
+from agop_book.accumulator import AGOP
+from agop_book.agop import agop
 from agop_book.processes import all_or_none
 from agop_book.nfa import nfa
 dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=25))

@@ -1,18 +1,19 @@
 """The average gradient outer product and Recursive Feature Machines.
 
-The modules of the library, and its public classes under their own names: both are found by looking, and loaded on
-first use, so that the command line answers before torch is imported. Functions stay in their modules
-(`agop_book.agop` is a module).
+The modules of the library, and its public classes under their own names: both are found by
+looking, and loaded on first use, so that the command line answers before torch is imported.
+Functions stay in their modules (`agop_book.agop` is a module).
 """
 __version__ = "0.2.0"
 
 
 def _modules():
     from pkgutil import iter_modules
-    return {m.name for m in iter_modules(__path__) if m.name[0] != "_" and m.name not in ("all", "nbs")}
+    names = {module.name for module in iter_modules(__path__) if module.name[0] != "_"}
+    return names - {"all", "nbs"}
 
 
-def _homes():
+def class_homes():
     "Public class -> the library's module that defines it, from the index that nbdev keeps."
     from ._modidx import d
     homes = {}
@@ -29,11 +30,11 @@ def __getattr__(name):
     if name in _modules():
         return import_module(f"agop_book.{name}")
     if name == "__all__":
-        return sorted(_homes())
-    if name[0] != "_" and name in _homes():
-        return getattr(import_module(_homes()[name]), name)
+        return sorted(class_homes())
+    if name[0] != "_" and name in class_homes():
+        return getattr(import_module(class_homes()[name]), name)
     raise AttributeError(f"module 'agop_book' has no attribute {name!r}")
 
 
 def __dir__():
-    return sorted({*globals(), *_homes(), *_modules()})
+    return sorted({*globals(), *class_homes(), *_modules()})

@@ -66,7 +66,9 @@ class AGOP:
         check_probes(probes)
         self.center, self.diag = bool(center), bool(diag)
         self.probes = probes
-        self.n, self.moments, self.mean = 0, None, None
+        self.n = 0
+        self.moments = None
+        self.mean = None
         self._outputs = None            # rows of a Jacobian
         self._largest = 0.0             # entry so far
         self._partial = False           # an update has failed halfway

@@ -86,7 +86,10 @@ class DeepImageRFM(ImageRFM):
 
     def _learn(self, X, Y, choose, M=None, earlier=()):
         rng = check_random_state(self.random_state)
-        self._layers, best, history, machines = [], None, [], []
+        self._layers = []
+        best = None
+        history = []
+        machines = []
         while True:
             super()._learn(X, Y, choose, M)
             layer, score = len(self._layers), self.history_["val_score"][self.best_round_]

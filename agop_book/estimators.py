@@ -148,12 +148,13 @@ class BaseRFM(Saved, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         "Run the rounds and keep the best; what is finished is kept even when interrupted."
         more = max(self.n_iter - len(earlier), 0)
         steps = rounds(self._solver(X, Y), more, choose, M)
-        record = _Record(self, Y, self._identity(X), list(earlier), choose is not first)
+        record = _Record(self._score, Y, self._identity(X), list(earlier), choose is not first)
+        bar = tqdm(steps, total=more + 1, disable=not self.verbose, desc=type(self).__name__,
+                   unit="round")
         try:
-            for fit in steps:
+            for fit in bar:
                 record.add(fit)
         finally:
-            record.bar.close()
             if record.fits:
                 self._keep(*record.best, record.rows)
                 self.machines_ = [fit.machine for fit in record.fits]
@@ -161,7 +162,9 @@ class BaseRFM(Saved, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
 
     def _keep(self, machine, M, best_round, rows):
         "Set the attributes of a fit."
-        self.machine_, self.best_round_, self.history_ = machine, best_round, pd.DataFrame(rows)
+        self.machine_ = machine
+        self.best_round_ = best_round
+        self.history_ = pd.DataFrame(rows)
         self.M_ = M.cpu().numpy()
         self.dual_coef_ = self._shape(machine.coef.cpu().numpy())
 
@@ -232,17 +235,18 @@ def _like_targets(y_val, y):
 
 # %% ../nbs/workshop/estimators.ipynb #72d03d93
 class _Record:
-    "The rounds of one fit: a progress bar, the rows of `history_`, and the best so far."
+    "The rounds of one fit, their rows of `history_`, and the best so far."
 
-    def __init__(self, model, Y, identity, rows, validated):
-        self.model, self.Y, self.last = model, Y, identity
-        self.identity, self.rows, self.fits = identity, rows, []
+    def __init__(self, score, Y, identity, rows, validated):
+        self.score = score
+        self.Y = Y
+        self.last = identity
+        self.identity = identity
+        self.rows = rows
+        self.fits = []
         self.validated = validated   # else the last round is the best
-        self.best = None      # (machine, M, round)
+        self.best = None             # (machine, M, round)
         self.start = time.perf_counter()
-        total = max(model.n_iter + 1 - len(rows), 1)
-        self.bar = tqdm(total=total, disable=not model.verbose, desc=type(model).__name__,
-                        unit="round")
 
     def add(self, fit):
         "Take in the fit of one round."
@@ -251,7 +255,7 @@ class _Record:
         number = len(self.rows)
         self.rows.append({
             "round": number,
-            "train_score": self.model._score(self.Y, fit.fitted),
+            "train_score": self.score(self.Y, fit.fitted),
             "val_score": fit.score,
             "reg": fit.reg,
             "alignment": cosine(M, last) if M.any() and last.any() else np.nan,
@@ -262,7 +266,6 @@ class _Record:
             self.best = fit.machine, M, number
         self.fits.append(fit)
         self.last, self.start = M, time.perf_counter()
-        self.bar.update()
 
 
 def _effective_rank(M):

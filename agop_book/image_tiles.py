@@ -121,7 +121,9 @@ def _tile(kernel, left, right, tangent, layers):
     S = T = near = first = last = 0
     for a, b, _ in meetings(kernel, left, right):
         parts = kernel.forward(a, b, layers)
-        S, T, near = S + parts[0], T + parts[1], near + parts[2]
+        S = S + parts[0]
+        T = T + parts[1]
+        near = near + parts[2]
         first, last = first + _energy(a, b, 0), last + _energy(a, b, -1)
     count = math.prod(left.norms[-1].shape[:2])**(1 + kernel.pooling)
     close = near / first * last * kernel.depth > _SHARE * T.abs()

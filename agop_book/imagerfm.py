@@ -181,7 +181,9 @@ class ImageRFM(BaseRFM):
     def filters_(self):
         "The eigenvectors of `M_` as patches `(p, c, size, size)`, largest eigenvalue first."
         check_is_fitted(self, "machine_")
-        p, side, channels = len(self.M_), self.patch_size, self.machine_.centers.shape[1]
+        p = len(self.M_)
+        side = self.patch_size
+        channels = self.machine_.centers.shape[1]
         return top_directions(self.M_, p).reshape(p, channels, side, side)
 
     def _images(self, X):

@@ -25,7 +25,10 @@ def window_sum(t: torch.Tensor,   # `(h, w, ...)`
 def _run_sum(t, size, axis):
     "Sums over `size` neighbours along one axis, put together from runs of 1, 2, 4, ... of them."
     n = t.shape[axis] - size + 1
-    at, run, runs, out = 0, 1, t, None
+    at = 0
+    run = 1
+    runs = t
+    out = None
     while run <= size:
         if run > 1:
             half = run // 2

@@ -217,7 +217,9 @@ class NTK(Kernel):
         "K and A = T'(u), without its singular part at coincident directions."
         v, w = _gaps(left.unit(), right.unit())
         apart = v * w > 0
-        T, dT, du = 1 - v, torch.ones_like(v), torch.ones_like(v)
+        T = 1 - v
+        dT = torch.ones_like(v)
+        du = torch.ones_like(v)
         for layer in range(self.depth):
             sine, u = (v * w).sqrt_(), 1 - v
             theta = torch.atan2(sine, u)

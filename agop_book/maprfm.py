@@ -19,7 +19,9 @@ from .structures import Diagonal, SharedChannels
 # %% ../nbs/workshop/maprfm.ipynb #7b5bb884
 class _MapRFM(KernelRFM):
     "The parameters of machines on maps."
-    diag, solver, warm_start = False, "cholesky", False
+    diag = False
+    solver = "cholesky"
+    warm_start = False
     _rules = {**RULES, "metric": one_of(("diag", "shared", "separable"))}
 
     def __init__(self, metric="diag", channels=None, kernel="laplace", bandwidth=1.0, n_iter=3,

@@ -92,12 +92,16 @@ class Saved:
             raise ValueError(f"identity is {meta['identity']!r}")
         M = None if meta["identity"] else arrays["M"]
         model, machine = cls._rebuilt(meta, {**arrays, "M_": M})
+        return cls._complete(model, machine, arrays["M"], meta)
+
+    def _complete(self, machine, M, meta):
+        "The rest of what a fit sets, from a header."
         if meta["features"]:
-            model.feature_names_in_ = np.array(meta["features"], dtype=object)
-        model._targets_of_file(meta)
-        model._keep(machine, arrays["M"], meta["best_round"], meta["history"])
-        _check_machine(machine, getattr(model, "classes_", None))
-        return model
+            self.feature_names_in_ = np.array(meta["features"], dtype=object)
+        self._targets_of_file(meta)
+        self._keep(machine, M, meta["best_round"], meta["history"])
+        _check_machine(machine, getattr(self, "classes_", None))
+        return self
 
 
 def _check_machine(machine, classes):

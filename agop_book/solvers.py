@@ -84,8 +84,12 @@ class Solver:
                  structure=Full(),      # what is kept of the AGOP
                  center: bool = False   # take the mean gradient out
                  ):
-        self.kernel, self.X, self.Y = kernel, X, Y
-        self.regs, self.structure, self.center = list(regs), structure, center
+        self.kernel = kernel
+        self.X = X
+        self.Y = Y
+        self.regs = list(regs)
+        self.structure = structure
+        self.center = center
 
     @classmethod
     def plan(cls, n, d, c, itemsize, limit, structure=Full(), n_iter=0):
@@ -102,7 +106,9 @@ class Solver:
 
     def agop(self, fit: Fit) -> torch.Tensor:
         "The AGOP of a fit's machine at the training rows, as the structure keeps it."
-        total, mean, origin = 0, 0, None
+        total = 0
+        mean = 0
+        origin = None
         for rows in blocks(len(self.X)):
             J = fit.machine.jacobian(self.X[rows])
             if self.center:

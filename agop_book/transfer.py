@@ -154,7 +154,9 @@ class TransferRFM(MetaEstimatorMixin, BaseEstimator):
         """Fit to the target task: `X` `(n, d)`, or images `(n, c, h, w)`, and `y`.
 
         Raises ValueError, TypeError or NotFittedError for bad input, naming the argument."""
-        learner, X, y = self._learner(), as_real(X, "X"), as_real(y, "y", dates=True)
+        learner = self._learner()
+        X = as_real(X, "X")
+        y = as_real(y, "y", dates=True)
         options, rounds = self._options(learner)
         source = matrix_of(self.source, learner, X)
         check_consistent_length(X, y)

@@ -92,7 +92,7 @@ def closure(
     sources,   # pieces of code
 ) -> dict:
     "The source of every module of this package that they need, by the module's name."
-    homes = {f"agop_book.{name}": home for name, home in agop_book._homes().items()}
+    homes = {f"agop_book.{name}": home for name, home in agop_book.class_homes().items()}
     found, todo = {}, [name for source in sources for name in _imported(source)]
     while todo:
         name = todo.pop()

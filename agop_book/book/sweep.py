@@ -29,7 +29,9 @@ def _row(line, since):
     "Key and row of one line, or None where it holds none or an older one."
     try:
         entry = json.loads(line)
-        key, row, when = entry["key"], entry["row"], entry.get("time", 0)
+        key = entry["key"]
+        row = entry["row"]
+        when = entry.get("time", 0)
         if isinstance(key, str) and isinstance(row, dict) and when >= since: return key, row
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
         return None
@@ -148,7 +150,9 @@ def sweep(
     _check_study(name, fn, source, version)
     grid, version = _rows(grid), plain(version, "version")
     path = check_results(out_dir() / "results" / f"{name}-{scale()}.jsonl", "AGOP_BOOK_OUT")
-    done, table, where = finished_rows(path), [], device_label()
+    done = finished_rows(path)
+    table = []
+    where = device_label()
     for row in bar(grid, desc=name, disable=not progress):
         what = json.dumps([row, source, version, where], sort_keys=True)
         key = hashlib.sha256(what.encode()).hexdigest()

@@ -1,13 +1,15 @@
 # Everything that one does with the book. A machine with Python >= 3.10 is enough: each target sets up .venv when it has to.
 #   PYTHON=python3.12   the Python to make .venv with        SCALE=book   sizes for `make book`: quick | book | paper
-#   OUT=folder          where `make book` writes             NB=nbs/03_rfm.ipynb   chapters for `make outputs`
+#   OUT=folder          where `make book` writes             NB=nbs/03_rfm.ipynb   notebooks for `make outputs`
 #   ARGS="-k site"      more arguments for pytest
 SCALE ?= quick
 OUT ?= agop_book_out
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-NB ?= $(sort $(wildcard nbs/[0-9]*.ipynb)) nbs/index.ipynb
+# in the order of the book, the index last: it shows what the others recorded
+BOOK := $(shell sed -n 's|^ *- \(.*\.ipynb\)$$|nbs/\1|p' nbs/sidebar.yml)
+NB ?= $(filter-out nbs/index.ipynb,$(BOOK)) nbs/index.ipynb
 CANDIDATES := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11 python3.10 python)
 
 .DEFAULT_GOAL := help
@@ -39,18 +41,20 @@ book: $(STAMP)  ## run every chapter, make every figure, the report page and the
 	@$(BIN)/python docs/build.py
 	@echo; echo "Figures and records: $(OUT)/"; ls -1 "$(OUT)"/*.html | sed 's/^/Report page: /'; echo "Site: _site/index.html"
 
-test: $(STAMP)  ## exports fresh, the chapters' own tests, pytest, the site with warnings as errors
+test: $(STAMP)  ## style, fresh exports, every notebook alone, pytest, the site with warnings as errors
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -ra -n 2 --dist worksteal --durations=5 tests $(ARGS)
 
 site: $(STAMP)  ## the offline site, in _site/
 	@$(BIN)/python docs/build.py
 	@echo "Site: _site/index.html"
 
-export: $(STAMP)  ## notebooks -> agop_book/, and clean metadata (after an edit)
+export: $(STAMP)  ## notebooks -> agop_book/, clean metadata, addresses, CONTRIBUTING.md (after an edit)
+	$(BIN)/python docs/address.py
+	$(BIN)/python docs/contributing.py
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 
-outputs: $(STAMP)  ## execute the chapters at book scale: the stored outputs and nbs/records/
+outputs: $(STAMP)  ## execute notebooks at book scale: the stored outputs and nbs/records/
 	$(BIN)/nbdev_export
 	@set -e; for nb in $(NB); do echo "== $$nb"; \
 	  AGOP_BOOK_SCALE=book AGOP_BOOK_OUT="$(CURDIR)/nbs/records" $(BIN)/jupyter nbconvert \
@@ -59,5 +63,5 @@ outputs: $(STAMP)  ## execute the chapters at book scale: the stored outputs and
 	$(BIN)/nbdev_export
 
 clean:  ## remove what can be made again (not .venv, not the figures in agop_book_out/)
-	rm -rf _proc _site _docs build dist .pytest_cache .hypothesis *.egg-info
+	rm -rf _proc _site _docs build dist .pytest_cache .hypothesis .ruff_cache *.egg-info
 	find agop_book docs tests nbs -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

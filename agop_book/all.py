@@ -6,14 +6,22 @@
 __all__ = []
 
 # %% ../nbs/workshop/all.ipynb #de0a9ac0
+from contextlib import suppress
 from importlib import import_module
 from pkgutil import iter_modules
 
 import agop_book
+from .extras import MissingExtra
 
 # %% ../nbs/workshop/all.ipynb #e068686e
-_names = [m.name for m in iter_modules(agop_book.__path__) if not m.ispkg and m.name[0] != "_"]
-_modules = [import_module(f"agop_book.{name}") for name in _names if name not in ("all", "cli")]
-_homes = [(name, module) for module in _modules for name in module.__all__]
+def _modules():
+    "The modules of the library; those that draw only where matplotlib is installed."
+    for module in iter_modules(agop_book.__path__):
+        if module.ispkg or module.name[0] == "_" or module.name in ("all", "cli"): continue
+        with suppress(MissingExtra):
+            yield import_module(f"agop_book.{module.name}")
+
+
+_homes = [(name, module) for module in _modules() for name in module.__all__]
 globals().update({name: getattr(module, name) for name, module in _homes})
 __all__ = [name for name, _ in _homes]

@@ -13,10 +13,10 @@ import torch
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
-from .arrays import to_family
-from .imagerfm import ConvMachine, ImageRFM
-from .images import convolve, patch_side
 from .matrices import matrix_power
+from .arrays import to_family
+from .image_data import convolve, patch_side
+from .imagerfm import ConvMachine, ImageRFM
 from .memory import plan
 from .solvers import BestAt
 

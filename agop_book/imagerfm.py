@@ -18,7 +18,7 @@ from sklearn.utils.validation import check_is_fitted
 from .arrays import to_family
 from .cntk import CNTK, patch_agop
 from .estimators import BaseRFM
-from .images import image_rows, seen_through
+from .image_data import image_rows, seen_through
 from .kernelrfm import RULES as ROW_RULES
 from .matrices import matrix_power, top_directions
 from .memory import plan

@@ -16,7 +16,7 @@ from .memory import plan
 from .metrics import Shared
 from .points import COLUMNS, TILE, Points, blocks
 
-# %% ../nbs/workshop/machines.ipynb #919bd77b
+# %% ../nbs/workshop/machines.ipynb #ca6a1b24
 @dataclass(eq=False)
 class KernelMachine:
     "f(x) = sum_i coef_i k(x_i, x): predictions and closed-form gradients. Tensors throughout."
@@ -77,7 +77,7 @@ class KernelMachine:
         `center`: covariance of the gradients instead. MemoryError where `(d, d)` does not fit."""
         d, c = self.centers.shape[1], self.coef.shape[1]
         if not diag:
-            plan(3 * self.coef.element_size() * d * d, f"the AGOP of {d:,} features",
+            plan(2 * self.coef.element_size() * d * d, f"the AGOP of {d:,} features",
                  "Pass diag=True, or fewer features.", device=self.coef.device)
         at_once = max(1, min(TILE, 2**25 // (c * d)))
         square = _squares if diag else _products
@@ -87,12 +87,12 @@ class KernelMachine:
             if center:
                 first = first if rows else J.mean(0)
                 J = J - first
-                mean = mean + J.sum(0)
-            total = total + square(J)
+                mean += J.sum(0)
+            total += square(J)
             rows += len(J)
-        total = total / rows
+        total /= rows
         if center:
-            total = total - square(mean / rows)
+            total -= square(mean / rows)
         return total if x is None else to_family(total, x)
 
     def __getstate__(self):

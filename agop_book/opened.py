@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .layers import plan_taps
-from .rnns import GRUStep, LSTMStep, RNNStep, explicit
+from .gates import GRUStep, LSTMStep, RNNStep
+from .rnns import explicit
 from .roles import row_blocks
 
 # %% ../nbs/workshop/opened.ipynb #a4bda741

@@ -21,7 +21,7 @@ from .arrays import as_real, to_family
 from .devices import device as pick_device
 from .files import check_writable, load_arrays, save_arrays
 from .imagerfm import IMAGE_SHAPE
-from .images import image_rows
+from .image_data import image_rows
 from .maprfm import MapRFMClassifier, MapRFMRegressor  # noqa: F401 (their older home)
 from .memory import plan
 from .parameters import Rule, all_or_nothing, check_parameters, number

@@ -12,11 +12,11 @@ from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError
 from sklearn.utils import check_array
 
-from .arrays import as_tensor
-from .cntk import check_images
-from .imagerfm import ImageRFM
-from .images import image_rows
 from .matrices import matrix_power
+from .arrays import as_tensor
+from .images import check_images
+from .imagerfm import ImageRFM
+from .image_data import image_rows
 from .metrics import Shared, check_metric
 
 # %% ../nbs/workshop/sources.ipynb #ed5e6d75

@@ -1,19 +1,20 @@
-"""The offline site: the notebooks that nbdev has prepared in `_proc/`, through Sphinx, with nothing from the network.
+"""The offline site: the notebooks in `_proc/`, through Sphinx, with nothing from the network.
 
-build.py makes `_proc/` and runs Sphinx; reader.py turns what nbdev made for Quarto into what MyST reads.
+build.py lets nbdev prepare `_proc/` and runs Sphinx; reader.py turns what nbdev made for Quarto
+into what MyST reads.
 """
 import sys
-from configparser import ConfigParser
 from importlib.util import find_spec
 from pathlib import Path
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-settings = ConfigParser(delimiters=["="], interpolation=None)
-settings.read(HERE.parent / "settings.ini", encoding="utf-8")
-cfg = settings["DEFAULT"]
+sys.path.insert(0, str(Path(__file__).parent))
+from address import settings  # noqa: E402
 
-project, author, copyright = cfg["title"], cfg["author"], cfg["copyright"]
+cfg = settings()
+
+project = cfg["title"]
+author = cfg["author"]
+copyright = cfg["copyright"]
 release = version = cfg["version"]
 language = "en"
 extensions = ["myst_nb"]
@@ -31,7 +32,8 @@ myst_heading_anchors = 4
 myst_heading_slug_func = "reader.slug"
 
 # MathJax as one local file
-mathjax = Path(find_spec("sphinx-mathjax-offline").origin).parent / "static/mathjax/tex-svg-full.js"
+mathjax = Path(find_spec("sphinx-mathjax-offline").origin).parent
+mathjax /= "static/mathjax/tex-svg-full.js"
 mathjax_path = mathjax.name
 
 html_theme = "sphinx_book_theme"
@@ -51,7 +53,10 @@ html_theme_options = {
     "use_download_button": False,
     "launch_buttons": {"colab_url": "https://colab.research.google.com"},
     "show_toc_level": 2,
-    "navbar_start": [], "navbar_center": [], "navbar_end": [], "navbar_persistent": [],
+    "navbar_start": [],
+    "navbar_center": [],
+    "navbar_end": [],
+    "navbar_persistent": [],
     "home_page_in_toc": True,
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",

@@ -1,29 +1,88 @@
-"""What the tests of the whole book share: a scratch copy of it, and an environment without the caller's settings."""
+"""What the tests of the whole book share: a scratch copy of it, the installed wheel, and an
+environment without the caller's settings."""
 import os
 import shutil
 import subprocess
 import sys
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
 import torch.utils.checkpoint
 
+
+import yaml
+from filelock import FileLock
+
 ROOT = Path(__file__).parents[1]
+SOURCES = ("agop_book", "nbs", "settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+
+
+@pytest.fixture(scope="session")
+def settings():
+    "The settings of the book."
+    config = ConfigParser(delimiters=["="], interpolation=None)
+    config.read(ROOT / "settings.ini", encoding="utf-8")
+    return config["DEFAULT"]
+
+
+def notebooks():
+    "Paths of the notebooks within nbs/, in the order of the book: sidebar.yml names each once."
+    sidebar = yaml.safe_load((ROOT / "nbs/sidebar.yml").read_text(encoding="utf-8"))
+    parts = sidebar["website"]["sidebar"]["contents"]
+    return [name for part in parts
+            for name in (part["contents"] if isinstance(part, dict) else [part])]
 
 
 @pytest.fixture(scope="session")
 def copy_book():
     "copy_book(folder, *names): the named parts of the book in a folder of their own."
+    skip = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+
     def copy(to, *names):
         for name in names:
             source, target = ROOT / name, Path(to) / name
             target.parent.mkdir(parents=True, exist_ok=True)
             if source.is_dir():
-                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+                shutil.copytree(source, target, ignore=skip)
             else:
                 shutil.copy2(source, target)
         return Path(to)
     return copy
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    "once(name, make): the folder of that name, made by make(folder) for all of pytest's processes."
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def get(name, make):
+        folder = shared / name
+        with FileLock(shared / f"{name}.lock"):
+            if not (folder / "finished").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                (folder / "finished").touch()
+        return folder
+    return get
+
+
+@pytest.fixture(scope="session")
+def installed(once, copy_book):
+    "A folder with the wheel installed in it, from a copy of the sources: the checkout stays clean."
+    def pip(*arguments):
+        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    def make(folder):
+        source, dist = copy_book(folder / "source", *SOURCES), folder / "dist"
+        pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", dist, source)
+        wheel = next(dist.glob("*.whl"))
+        pip("install", "--no-deps", "--no-index", "--target", folder / "packages", wheel)
+    return once("installed", make) / "packages"
 
 
 @pytest.fixture(scope="session")
@@ -35,16 +94,65 @@ def plain_env():
 
 @pytest.fixture
 def two_processes(tmp_path):
-    "two_processes(code, timeout=300): run `code` under torchrun with two gloo processes; it finds this folder in sys.argv[2] and stores what it found at sys.argv[1], whose path comes back."
+    """two_processes(code, timeout=300): run `code` under torchrun with two gloo processes.
+
+    It finds this folder in sys.argv[2] and stores what it found at sys.argv[1], whose path comes
+    back."""
     def run(code, timeout=300):
-        here = os.path.dirname(os.path.abspath(__file__))
         worker, found = tmp_path / "worker.py", tmp_path / "found.pt"
         worker.write_text(code)
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(worker), str(found), here],
-                              env=env, capture_output=True, text=True, timeout=timeout)
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                    "--nproc-per-node=2"]
+        done = subprocess.run([*torchrun, str(worker), str(found), str(ROOT / "tests")],
+                              env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+                              capture_output=True, text=True, timeout=timeout)
         assert done.returncode == 0, done.stderr[-3000:]
         return found
+    return run
+
+
+MEASURE = """
+import gc, sys, threading, time
+import psutil, torch
+{setup}
+from agop_book import memory
+plans, plan = [], memory.plan
+def planned(*args, **options):
+    plans.append(plan(*args, **options))
+    return plans[-1]
+for name, module in list(sys.modules.items()):
+    if name.startswith("agop_book") and getattr(module, "plan", None) is plan:
+        module.plan = planned
+warm()                                                         # what is allocated once
+plans.clear()
+gc.collect()
+process, running, peak = psutil.Process(), True, [0]
+def watch():
+    while running:
+        peak[0] = max(peak[0], process.memory_info().rss)
+        time.sleep(0.0005)
+before, thread = process.memory_info().rss, threading.Thread(target=watch)
+thread.start()
+result = call()
+running = False
+thread.join()
+print(max(plans), peak[0] - before)
+"""
+
+
+@pytest.fixture
+def planned_and_taken():
+    """planned_and_taken(setup, *args): bytes that `memory.plan` gave for a call, and that it took.
+
+    In a process of its own; `setup` is code that defines `warm` and `call` from sys.argv[1:]."""
+    def run(setup, *args):
+        script = MEASURE.replace("{setup}", setup)
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, "-c", script, *map(str, args)], env=env,
+                              capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return tuple(map(int, done.stdout.split()))
     return run
 
 

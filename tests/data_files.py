@@ -78,7 +78,7 @@ import resource
 import numpy, psutil, torch
 from agop_book.book.load import load
 from agop_book.book.readers import read_idx
-from agop_book.book.sources import UnreadableData
+from agop_book.files import UnreadableData
 
 top = psutil.Process().memory_info().vms + int({} * 2**30)
 resource.setrlimit(resource.RLIMIT_AS, (top, top))

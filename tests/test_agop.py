@@ -26,7 +26,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from agop_book import memory
-from agop_book.agop import AGOP, Sketch, agop, cosine, matrix_power, pearson, top_directions
+from agop_book.accumulator import AGOP
+from agop_book.agop import Sketch, agop
+from agop_book.matrices import cosine, matrix_power, pearson, top_directions
 from agop_book.differences import choose_steps, differences
 from agop_book.jacobians import pullbacks, random_signs
 from agop_book.kernels import NTK, Gaussian, Laplace, Matern52
@@ -484,7 +486,8 @@ import sys, time, datetime, torch, torch.distributed as dist
 from torch import nn
 sys.path.insert(0, sys.argv[2])
 from test_agop import mlp, normal
-from agop_book.agop import AGOP, agop
+from agop_book.accumulator import AGOP
+from agop_book.agop import agop
 from agop_book.processes import all_or_none
 from agop_book.nfa import nfa
 dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=25))

@@ -10,7 +10,7 @@ from data_files import SHOW_ERROR, capped, empty_root, npz, pixels, rng, write
 from scipy.io import savemat
 
 from agop_book.book.load import load
-from agop_book.book.sources import UnreadableData
+from agop_book.files import UnreadableData
 
 
 @pytest.fixture(autouse=True)

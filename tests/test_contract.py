@@ -418,7 +418,7 @@ def test_files_of_the_first_edition_load(tmp_path):
     import json
     from safetensors.numpy import save_file
     from agop_book.metrics import Shared, apply_metric
-    from agop_book.agop import matrix_power
+    from agop_book.matrices import matrix_power
     for name in ("regressor RFM", "regressor MapRFM shared", "regressor MapRFM separable"):
         model = FITTED[name]
         about = {"class": type(model).__name__, "history": model.history_.to_dict("records"), "best_round": model.best_round_, "features": [], "targets": None,

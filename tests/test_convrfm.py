@@ -15,7 +15,7 @@ from sklearn.preprocessing import FunctionTransformer
 
 import agop_book.convrfm as convrfm
 import agop_book.imagerfm as imagerfm
-from agop_book.agop import matrix_power
+from agop_book.matrices import matrix_power
 from agop_book.cntk import CNTK, patch_agop
 from agop_book.convrfm import (
     ConvRFMClassifier,
@@ -28,7 +28,7 @@ from agop_book.convrfm import (
 from agop_book.deeprfm import draw_filters
 from agop_book.imagerfm import ImageSolver, next_metric
 from agop_book.solvers import first, rounds
-from agop_book.images import convolve, seen_through
+from agop_book.image_data import convolve, seen_through
 
 FIXTURE = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "cntk_fixture.npz"
 ESTIMATORS = [ConvRFMClassifier, ConvRFMRegressor, DeepRFMClassifier, DeepRFMRegressor]

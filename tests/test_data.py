@@ -17,7 +17,8 @@ from agop_book.book.lowrank import low_rank
 from agop_book.book.uci import read_task, tasks
 from agop_book.book.samples import Row, Samples, SubsetError
 from agop_book.book.sets import SETS
-from agop_book.book.sources import DataNotFound, UnreadableData
+from agop_book.book.sources import DataNotFound
+from agop_book.files import UnreadableData
 
 PLACES = (
     Path(os.environ.get("AGOP_BOOK_DATA") or "/nonexistent"),

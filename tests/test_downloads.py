@@ -12,7 +12,8 @@ from data_files import empty_root, idx, pixels, write
 
 from agop_book.book.load import load
 from agop_book.book.sets import SETS
-from agop_book.book.sources import DataNotFound, UnreadableData
+from agop_book.book.sources import DataNotFound
+from agop_book.files import UnreadableData
 
 
 @pytest.fixture(autouse=True)

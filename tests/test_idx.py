@@ -10,7 +10,8 @@ from data_files import SHOW_ERROR, capped, digits_files, empty_root, idx, pictur
 
 from agop_book.book.load import load
 from agop_book.book.readers import read_idx
-from agop_book.book.sources import DataNotFound, UnreadableData
+from agop_book.book.sources import DataNotFound
+from agop_book.files import UnreadableData
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from agop_book.book import images
 from agop_book.book.load import load
-from agop_book.book.sources import UnreadableData
+from agop_book.files import UnreadableData
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,7 @@ def test_photos(root):
 
 def both_ways(root, image, **options):
     "What `load` and `as_photos` make of one image file, as `(3, h, w)`."
-    from agop_book.patches import as_photos
+    from agop_book.photos import as_photos
 
     path = root / "imagenet/train/a/1.png"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ def test_photographs_are_upright(root):
     ids=["large", "nan", "int32"],
 )
 def test_photographs_without_a_known_white_are_refused(root, values):
-    from agop_book.patches import as_photos
+    from agop_book.photos import as_photos
 
     with pytest.raises(UnreadableData, match="1.png.*what is white"):
         both_ways(root, Image.fromarray(values), format="TIFF")

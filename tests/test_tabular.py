@@ -19,7 +19,8 @@ from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 
 from agop_book.book import tabular
-from agop_book.book.sources import DataNotFound, UnreadableData
+from agop_book.book.sources import DataNotFound
+from agop_book.files import UnreadableData
 from agop_book.book.uci import Task
 from agop_book.kernels import NTK, Laplace
 from agop_book.rfm import RFMClassifier

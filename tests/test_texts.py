@@ -6,7 +6,7 @@ import pytest
 from data_files import empty_root, write
 
 from agop_book.book.load import load
-from agop_book.book.sources import UnreadableData
+from agop_book.files import UnreadableData
 
 
 @pytest.fixture(autouse=True)

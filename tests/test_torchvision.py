@@ -11,7 +11,7 @@ from data_files import digits_files, empty_root, picture, pixels, write
 from agop_book.book import images
 from agop_book.book.load import load
 from agop_book.book.sets import SETS
-from agop_book.book.sources import UnreadableData
+from agop_book.files import UnreadableData
 
 
 @pytest.fixture(autouse=True)

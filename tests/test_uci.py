@@ -5,7 +5,8 @@ import pytest
 from data_files import empty_root, rng, write
 
 from agop_book.book.load import available, load
-from agop_book.book.sources import DataNotFound, UnreadableData
+from agop_book.book.sources import DataNotFound
+from agop_book.files import UnreadableData
 from agop_book.book.uci import read_task, tasks
 
 

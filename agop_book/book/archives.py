@@ -16,7 +16,7 @@ import numpy as np
 
 from .readers import check_images, check_labels, check_room
 from .samples import Samples
-from .sources import UnreadableData
+from ..files import UnreadableData
 
 # %% ../../nbs/book/archives.ipynb #7d1fa04f
 def open_npz(path,     # of the file

@@ -19,9 +19,8 @@ from .images import check_room_for_images, square
 from .readers import check_labels, check_room
 from .samples import Dataset, Request, SubsetError, draw
 from .sets import SETS
-from agop_book.book.sources import (
-    DataNotFound, Place, UnreadableData, describe_roots, fetch_to_cache
-)
+from .sources import DataNotFound, Place, describe_roots, fetch_to_cache
+from ..files import UnreadableData
 
 # %% ../../nbs/book/load.ipynb #04c4eeee
 def _request(name, split, size):

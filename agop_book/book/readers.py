@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from .samples import Samples
-from .sources import UnreadableData, check_regular
+from ..files import UnreadableData, check_regular
 from ..memory import plan
 
 # %% ../../nbs/book/readers.ipynb #a603b3db

@@ -50,7 +50,8 @@ from ..arrays import as_real
 from ..arrays import check_count
 from .data import DataNotFound, Task, UnreadableData, load, read_task
 from .data import tasks as found_tasks
-from .figures import _append, _bar, _check_results, _finished, steady_output
+from .run import progress as _bar, steady_output
+from .sweep import append_row as _append, check_results as _check_results, finished_rows as _finished
 from ..files import check_writable, write_atomic
 from ..kernels import KERNELS
 from ..machines import KernelMachine

@@ -16,7 +16,7 @@ import numpy as np
 
 from .readers import check_room
 from .samples import Samples
-from .sources import UnreadableData
+from ..files import UnreadableData
 
 # %% ../../nbs/book/texts.ipynb #76298143
 def documents(request,               # its file: the text

@@ -14,7 +14,8 @@ import numpy as np
 
 from .readers import check_room
 from .samples import Samples, SubsetError
-from .sources import UnreadableData, find_files
+from .sources import find_files
+from ..files import UnreadableData
 
 # %% ../../nbs/book/uci.ipynb #a44d00e5
 @dataclass(frozen=True, eq=False)

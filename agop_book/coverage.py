@@ -40,7 +40,8 @@ class Covered(NamedTuple):
 def coverage(watch            # after the sweep: its taps hold their sums
              ) -> Covered:
     "The share of the entries of weight matrices at which gradients were seen, and the others."
-    seen, total, left = _seen(watch.taps), 0, {}
+    seen = _seen(watch.taps)
+    total, left = 0, {}
     for name, p in watch.network.parts.items():
         if not _is_counted(watch, name, p, name in seen): continue
         boxes = seen.get(name, {}).items()

@@ -25,8 +25,9 @@ class Act(NamedTuple):
 READERS = {}           # name of a torch function -> (args, kwargs) -> Acts, or None among them
 
 
-def reads(*names):   # of torch functions
-    "Register a reader for torch functions of these names."
+def reads(*names   # of torch functions
+          ):
+    "Register a reader for them."
     def keep(reader):
         READERS.update(dict.fromkeys(names, reader))
         return reader

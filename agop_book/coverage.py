@@ -41,8 +41,7 @@ def coverage(watch            # after the sweep: its taps hold their sums
              ) -> Covered:
     "The share of the entries of weight matrices at which gradients were seen, and the others."
     seen = _seen(watch.taps)
-    total = 0
-    left = {}
+    total, left = 0, {}
     for name, p in watch.network.parts.items():
         if not _is_counted(watch, name, p, name in seen): continue
         boxes = seen.get(name, {}).items()

@@ -76,14 +76,11 @@ class Finder:
         "The tap of a parameter that is used outside of a layer, and the number of the expert."
         main, box = max(made, key=lambda part: math.prod(b - a for a, b in part[1]))
         p = self.network.parts[main].detach()
-        expert = 0
-        experts = len(M)
+        expert, experts = 0, len(M)
         weight = M.__getitem__
         if experts == 1 and _is_expert(act.weight, p, box):
-            expert = box[0][0]
-            experts = len(p)
-            box = whole(p)
-            weight = _neighbours(act, p, expert)
+            expert, experts = box[0][0], len(p)
+            box, weight = whole(p), _neighbours(act, p, expert)
         name = self._name(main, p, box)
         for tap in self.found:
             known = tap.name == name and max(1, tap.experts) == experts

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from .acts import conv_matrix, pixels, transposed_matrix
+from .opened import plan_attention, plan_cell, plan_recurrent
 from .roles import row_blocks
 from .tensors import numbers_of
 
@@ -55,6 +56,11 @@ def _bilinear(module, name, watch):
 def _parametrization(module, name, watch):
     "What computes a weight is no place where it acts."
     watch.ignore(module)
+
+
+plan_taps.register(nn.MultiheadAttention, plan_attention)
+plan_taps.register(nn.RNNBase, plan_recurrent)
+plan_taps.register(nn.modules.rnn.RNNCellBase, plan_cell)
 
 
 def _plan_matrix(module, name, watch, form, kind="linear"):

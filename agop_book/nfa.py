@@ -152,7 +152,7 @@ def _summarise(table):
     return {"sites": len(some), "pearson": mean, "lowest": lowest, **controls,
             "unreached": len(table) - len(some)}
 
-
+# %% ../nbs/05_nfa.ipynb #f9eb65b6
 _CURVES = {"pearson": ("NFM and AGOP$^{1/2}$", "o-"),
            "pearson_forced": ("... deltas rotated", "s-"),
            "pearson_init": ("... untrained network", "^-"),

@@ -105,9 +105,8 @@ class Origins:
 
     def _choose(self, args, out):
         "Whether the data chose a part of a weight: one place in it, or whole matrices."
-        given = args[0]
-        index = args[-1]
-        made = self.of(args[0])
+        given, index = args[0], args[-1]
+        made = self.of(given)
         if made is DATA or not made or isinstance(made, Gathered): return False
         name = made[0][0]
         p = self.parts[name]

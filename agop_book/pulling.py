@@ -112,8 +112,7 @@ class Puller:
                  seeds,       # EveryOutput or RandomSigns
                  device,      # of the sums
                  steady):     # raises if the network has changed its buffers
-        self.watch = watch
-        self.outputs = outputs
+        self.watch, self.outputs = watch, outputs
         self.seeds = seeds
         self.device, self.steady = device, steady
         self.counts = [0.0] * seeds.groups      # samples in each group, for each probe

@@ -100,8 +100,7 @@ def _fitting(parent, module):
 
 def _heads(parent, module, kinds, d_out):
     "(query heads, key/value heads, width of a head), or None where nothing says or nothing fits."
-    H = _said(parent, _COUNTS)
-    K = _groups(parent)
+    H, K = _said(parent, _COUNTS), _groups(parent)
     w = _said(parent, _WIDTHS)
     asked, fitting = "query" in kinds, _fitting(parent, module)
     if H is None:

@@ -25,7 +25,8 @@ def each(data,                # a tensor, or dicts, tuples and lists of them
     return type(data)(*items) if hasattr(data, "_fields") else items
 
 
-def tensors_in(*data):   # tensors, or dicts, tuples and lists of them
+def tensors_in(*data   # tensors, or nested dicts, tuples and lists of them
+               ):
     "All tensors in nested data."
     for part in data:
         if isinstance(part, torch.Tensor):

@@ -16,9 +16,8 @@ from torch.overrides import TorchFunctionMode
 from .acts import READERS, by_expert, last_axis
 from .finder import Finder
 from .frozen import frozen
-from .layers import CODES
+from .layers import CODES, plan_taps
 from .network import Network
-from .layers import plan_taps
 from .origins import DATA, Gathered, Origins
 from .taps import LEFT_OUT
 from .tensors import each, in_transform, tensors_in, whole

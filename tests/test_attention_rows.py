@@ -1,6 +1,7 @@
 """Who is query, key and value in real attention layers, checked by what the rows do."""
 
 import importlib.util
+from functools import partial
 
 import pytest
 import torch
@@ -44,14 +45,8 @@ FAMILIES = {}
 
 
 def family(name, path, out, heads, cls, config, causal=True, data=None, **arguments):
-    FAMILIES[name] = (
-        lambda: made(cls, config, **arguments),
-        path,
-        out,
-        heads,
-        causal,
-        IDS if data is None else data,
-    )
+    build = partial(made, cls, config, **arguments)
+    FAMILIES[name] = (build, path, out, heads, causal, IDS if data is None else data)
 
 
 def gpt(name, cls, heads=(4, 4), path="h.0.attn", out="c_proj", **arguments):

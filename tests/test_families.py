@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import inspect
 import math
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -184,19 +185,15 @@ def torchvision_net(name, size):
     from torchvision import models
 
     build = getattr(models, name)
-
-    def make():
-        with narrow(inspect.getmodule(inspect.unwrap(build))):
-            model = build(weights=None, num_classes=3)
-        for m in model.modules():
-            if isinstance(m, nn.BatchNorm2d):
-                m.running_mean.normal_(0, 0.1)
-                m.running_var.uniform_(0.5, 2)
-                m.weight.data.uniform_(0.5, 1)
-                m.bias.data.normal_(0, 0.1)
-        return model, torch.randn(2, 3, size, size)
-
-    return make
+    with narrow(inspect.getmodule(inspect.unwrap(build))):
+        model = build(weights=None, num_classes=3)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_(0, 0.1)
+            m.running_var.uniform_(0.5, 2)
+            m.weight.data.uniform_(0.5, 1)
+            m.bias.data.normal_(0, 0.1)
+    return model, torch.randn(2, 3, size, size)
 
 
 for _name, _size in [
@@ -204,7 +201,7 @@ for _name, _size in [
     *[(f"vgg{d}{bn}", 32) for d in (11, 13, 16, 19) for bn in ("", "_bn")],
     *[(f"resnet{d}", 32) for d in (18, 34, 50, 101, 152)],
 ]:
-    FAMILIES[_name] = (lambda name=_name, size=_size: torchvision_net(name, size)(), "torchvision")
+    FAMILIES[_name] = (partial(torchvision_net, _name, _size), "torchvision")
 
 
 @family("vit_b_32", "torchvision")

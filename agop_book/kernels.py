@@ -229,9 +229,8 @@ class NTK(Kernel):
             T = torch.add(T, u).mul_(k0).add_(sine, alpha=1 / math.pi)
             if layer + 1 < self.depth:
                 du = du * k0
-                gap = _sine_gap(theta, sine)
-                v = torch.addcmul(gap, v, k0, value=math.pi).div_(math.pi)   # 1 - the next u
-                w = 2 - v
+                v = _sine_gap(theta, sine).addcmul_(v, k0, value=math.pi).div_(math.pi)
+                w = 2 - v                                     # v is 1 - the next u
         K = T.mul_(left.sq.sqrt()[:, None]).mul_(right.sq.sqrt())
         return K, torch.where(apart, dT, 0) if slopes else None
 

@@ -108,7 +108,7 @@ def test_arrays_need_neither_pillow_nor_matplotlib_nor_the_book():
     code = (
         "import sys\n"
         "sys.modules['PIL'] = None\n"
-        "import numpy as np, agop_book.photos as photos\n"
+        "import numpy as np, agop_book.coloured, agop_book.patches, agop_book.photos as photos\n"
         "assert photos.as_photos(np.zeros((9, 8))).shape == (1, 3, 9, 8)\n"
         "assert 'matplotlib' not in sys.modules and 'agop_book.book' not in sys.modules\n"
         "try:\n    photos.as_photos('a.png')\n"

@@ -11,9 +11,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-import agop_book
-
-ROOT = Path(__file__).parents[1]
+import agop_book.book
 
 
 def python(code, *arguments, flags=(), **options):
@@ -105,6 +103,12 @@ def test_the_core_is_alone(core, settings):
     assert core(code, *sorted(names)).split() == []
 
 
+def test_the_book_looks_for_its_requirements(settings):
+    required = {normal(Requirement(r).name) for r in settings["book_requirements"].split()}
+    names = packages_distributions()
+    assert {normal(names[name][0]) for name in agop_book.book.NEEDS} == required
+
+
 USES = """
 import numpy as np
 import agop_book
@@ -154,9 +158,8 @@ for module in walk_packages(agop_book.__path__, "agop_book."):
 """
 
 
-@pytest.mark.skipif(not (ROOT / "agop_book/extras.py").exists(), reason="no agop_book.extras yet")
 def test_a_module_names_the_extra_that_it_misses(core):
     "With the requirements alone a module can be imported, or says which extra it needs."
     lines = core(MISSING).splitlines()
-    assert {"agop_book.draw"} <= {line.partition(" ")[0] for line in lines}
+    assert {"agop_book.draw", "agop_book.book"} <= {line.partition(" ")[0] for line in lines}
     assert [s for s in lines if not re.search(r"agop_book\[(book|text|vision|tabular)\]", s)] == []

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [name.removesuffix(".ipynb") for name in notebooks()]
 FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
          "--disable-background-networking --disable-component-update --disable-sync").split()
+OFFLINE = "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 UNLOADED = "[...document.images].filter(i => !(i.complete && i.naturalWidth)).map(i => i.src)"
 
@@ -61,13 +62,17 @@ def browser():
         pytest.skip("no chromium on the PATH (Debian: apt install chromium)")
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     with api.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=path, args=FLAGS)
+        browser = play.chromium.launch(executable_path=path, args=[*FLAGS, OFFLINE])
         yield browser
         browser.close()
 
 
-def watch(page, problems):
-    "Keep what goes wrong in a page."
+def watch(page, problems, address):
+    "Keep what goes wrong in a page: what it asks of the network, too."
+    def request(asked):
+        if not asked.url.startswith((address, "data:", "blob:")):
+            problems.append(f"asked the network for {asked.url}")
+
     def console(message):
         if message.type in ("error", "warning"):
             problems.append(f"console: {message.text}")
@@ -75,36 +80,38 @@ def watch(page, problems):
     def response(answer):
         if answer.status >= 400:
             problems.append(f"{answer.status}: {answer.url}")
+    page.on("request", request)
     page.on("console", console)
     page.on("response", response)
     page.on("pageerror", lambda error: problems.append(f"exception: {error}"))
     page.on("requestfailed", lambda request: problems.append(f"failed: {request.url}"))
 
 
-@pytest.fixture
-def visit(browser, address):
-    "visit(path) -> the opened page; what goes wrong, the network included, is in visit.problems."
+@pytest.fixture(scope="session")
+def context(browser):
+    "One session of the browser, which keeps the scripts that every page loads."
     context = browser.new_context(color_scheme="light")
-    problems = []
+    yield context
+    context.close()
 
-    def route(request):
-        if request.request.url.startswith((address, "data:", "blob:")):
-            return request.continue_()
-        problems.append(f"asked the network for {request.request.url}")
-        request.abort()
+
+@pytest.fixture
+def visit(context, address):
+    "visit(path) -> the opened page; what goes wrong, the network included, is in visit.problems."
+    pages = []
 
     def visit(path):
-        page = context.new_page()
+        pages.append(page := context.new_page())
         page.set_viewport_size({"width": 1400, "height": 900})
-        watch(page, problems)
+        watch(page, visit.problems, address)
         page.goto(f"{address}/{path}")
         page.evaluate("async () => { await window.MathJax?.startup?.promise }")
         return page
 
-    context.route("**/*", route)
-    visit.problems = problems
+    visit.problems = []
     yield visit
-    context.close()
+    for page in pages:
+        page.close()
 
 
 def test_every_notebook_has_its_page(book):

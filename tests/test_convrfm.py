@@ -33,6 +33,7 @@ from agop_book.image_data import convolve, seen_through
 
 FIXTURE = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "cntk_fixture.npz"
 ESTIMATORS = [ConvRFMClassifier, ConvRFMRegressor, DeepRFMClassifier, DeepRFMRegressor]
+REGS = [1e-4, 1e-2]
 
 
 def problem(n=24, c=2, side=8, seed=0, dtype=np.float64):
@@ -48,11 +49,16 @@ def problem(n=24, c=2, side=8, seed=0, dtype=np.float64):
 @pytest.mark.skipif(not FIXTURE.exists(), reason=f"no reference values at {FIXTURE}")
 @pytest.mark.parametrize("key, depth", [("d1", 1), ("d2", 2), ("d2M", 2)])
 def test_published_round(key, depth):
-    "The released code's next multiplier is the root of our next M, and its kernel with that multiplier is ours with M."
+    """The released code's next multiplier is the root of our next M.
+
+    And its kernel with that multiplier is ours with M."""
     f = np.load(FIXTURE)
-    images = lambda name: torch.from_numpy(
-        np.ascontiguousarray(f[f"agop_{key}_{name}"].transpose(0, 3, 1, 2))
-    )
+
+    def images(name):
+        return torch.from_numpy(
+            np.ascontiguousarray(f[f"agop_{key}_{name}"].transpose(0, 3, 1, 2))
+        )
+
     multiplier = torch.from_numpy(f["agop_d2M_M"]) if key == "d2M" else None
     metric = None if multiplier is None else multiplier @ multiplier.T
     G = patch_agop(
@@ -164,40 +170,33 @@ def test_rows_images_tensors_frames_agree():
 
 
 @pytest.mark.parametrize("cls", ESTIMATORS)
-def test_contract(cls, tmp_path):
+def test_contract(cls):
     X, y = problem(dtype=np.float32)
     target = (
         np.array(["no", "yes"])[y] if "Classifier" in cls.__name__ else np.stack([y, 2.0 * y], 1)
     )
-    model = cls(
-        depth=2,
-        n_iter=1,
-        reg=[1e-4, 1e-2],
-        validation_fraction=0.25,
-        random_state=0,
-        **({"width": 6} if "Deep" in cls.__name__ else {}),
-    )
+    wide = {"width": 6} if "Deep" in cls.__name__ else {}
+    model = cls(2, n_iter=1, reg=REGS, validation_fraction=0.25, random_state=0, **wide)
     before = model.get_params()
     assert model.fit(X, target) is model and model.get_params() == before
     columns = ["round", "train_score", "val_score", "reg", "alignment", "effective_rank", "seconds"]
-    assert list(model.history_.columns)[:7] == columns and np.isfinite(model.history_).all(
-        axis=None
-    )
-    assert (
-        len(model.filters_) == len(model.M_)
-        and np.allclose(model.M_, model.M_.T)
-        and np.isclose(np.trace(model.M_), 1)
-    )
+    assert list(model.history_.columns)[:7] == columns
+    assert np.isfinite(model.history_).all(axis=None)
+    assert len(model.filters_) == len(model.M_) and np.isclose(np.trace(model.M_), 1)
+    assert np.allclose(model.M_, model.M_.T)
     assert np.linalg.eigvalsh(model.M_).min() > -1e-12
     assert model.predict(X).shape == target.shape and model.score(X, target) > 0.5
     again = clone(model).fit(X, target)
     assert (again.predict(X) == model.predict(X)).all()
+
+
+@pytest.mark.parametrize("cls", ESTIMATORS)
+def test_files(cls, tmp_path):
+    X, y = problem(dtype=np.float32)
+    model = cls(2, n_iter=1, reg=REGS, validation_fraction=0.25, random_state=0).fit(X, y)
     model.save(tmp_path / "m.safetensors")
     loaded = cls.load(tmp_path / "m.safetensors")
-    assert (loaded.predict(X) == model.predict(X)).all() and loaded.get_params()["reg"] == [
-        1e-4,
-        1e-2,
-    ]
+    assert (loaded.predict(X) == model.predict(X)).all() and loaded.get_params()["reg"] == REGS
     pd.testing.assert_frame_equal(loaded.history_, model.history_)
     assert loaded.transform(X).shape == model.transform(X).shape
     other = next(c for c in ESTIMATORS if c is not cls)
@@ -404,7 +403,11 @@ def test_bad_data():
         model.fit(X.astype(np.float32) * 1e30, y)
     with pytest.raises(MemoryError, match="6 images, 36 pairs.*memory_limit"):
         ConvRFMClassifier(depth=1, memory_limit=1000).fit(X, y)
-    model.fit(X, y)
+
+
+def test_bad_images_of_a_fitted_model():
+    X, y = problem(6)
+    model = ConvRFMClassifier(depth=1, n_iter=0).fit(X, y)
     with pytest.raises(
         ValueError, match=r"shape \(1, 8, 8\), but the model was fitted to \(2, 8, 8\)"
     ):

@@ -17,7 +17,7 @@ from agop_book.files import check_writable, load_arrays, save_arrays, write_atom
 from agop_book.memory import free_memory, group_room, largest, plan
 
 
-# --- numbers ------------------------------------------------------------------------------------------------------------------------------
+# --- numbers
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_families_come_back():
     )
 
 
-# --- memory ---------------------------------------------------------------------------------------------------------------------------------
+# --- memory
 
 
 def group(
@@ -139,7 +139,9 @@ def real_group():
 
 
 def test_a_fit_inside_a_real_group_is_refused_not_killed(real_group):
-    join = lambda: (real_group / "cgroup.procs").write_text(str(os.getpid()))
+    def join():
+        (real_group / "cgroup.procs").write_text(str(os.getpid()))
+
     done = subprocess.run(
         [sys.executable, "-c", CHILD], preexec_fn=join, capture_output=True, text=True, timeout=120
     )
@@ -152,12 +154,11 @@ def test_a_fit_inside_a_real_group_is_refused_not_killed(real_group):
 
 
 def test_plans():
-    need = lambda n: 8 * n * n + 100
-    assert (
-        plan(need, "X", "", 10, limit=900) == 900
-        and largest(need, 1000, 10**6) == 353
-        and largest(need, 10, 50) == 0
-    )
+    def need(n):
+        return 8 * n * n + 100
+
+    assert plan(need, "X", "", 10, limit=900) == 900
+    assert largest(need, 1000, 10**6) == 353 and largest(need, 10, 50) == 0
     with pytest.raises(
         MemoryError,
         match=r"the thing takes 1\.0 GiB, 0\.5 GiB are free\. About 23 crates fit\. Do less\.",
@@ -168,7 +169,7 @@ def test_plans():
     assert free_memory() == pytest.approx(free_memory(torch.device("cpu")), rel=0.2)
 
 
-# --- files ----------------------------------------------------------------------------------------------------------------------------------
+# --- files
 
 
 def test_writers_do_not_tear_each_other(tmp_path):

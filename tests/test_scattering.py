@@ -1,4 +1,5 @@
 import warnings
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,7 @@ from safetensors.numpy import save_file
 from agop_book import memory
 from agop_book.book.load import load
 from agop_book.files import load_arrays, save_arrays
-from agop_book.kernels import KERNELS, Laplace, Matern52
+from agop_book.kernels import KERNELS, Laplace
 from agop_book.metrics import apply_metric
 from agop_book.rfm import RFMRegressor
 from agop_book.maprfm import MapRFMClassifier, MapRFMRegressor
@@ -91,16 +92,15 @@ def test_properties(shift):
     torch.testing.assert_close(scatter(3 * x), 3 * S)
 
 
-def test_families_and_dtypes(tmp_path):
+def test_a_folder_keeps_results(tmp_path):
     s = Scattering(cache=tmp_path)
     S = s.fit_transform(IMAGES[:20])
     assert S.shape == (20, 81 * 16) == (20, np.prod(s.maps_shape_)) and S.dtype == np.float32
     files = list(tmp_path.iterdir())
     assert len(files) == 1 and files[0].suffix == ".safetensors"
     written = files[0].stat().st_mtime_ns
-    assert (s.transform(IMAGES[:20]) == S).all() and files[
-        0
-    ].stat().st_mtime_ns == written  # read back
+    assert (s.transform(IMAGES[:20]) == S).all()
+    assert files[0].stat().st_mtime_ns == written  # read back
     files[0].write_bytes(files[0].read_bytes()[:200])
     with pytest.warns(UserWarning, match="computing its coefficients again"):
         assert (s.transform(IMAGES[:20]) == S).all()
@@ -109,6 +109,10 @@ def test_families_and_dtypes(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2 and not np.allclose(other, S)
     Scattering(order=1, cache=tmp_path).fit_transform(IMAGES[:20])
     assert len(list(tmp_path.iterdir())) == 3  # another transform, another file
+
+
+def test_families_and_dtypes():
+    S = Scattering().fit_transform(IMAGES[:20])
     plain = Scattering(batch_size=7).fit(IMAGES[:20])
     assert np.allclose(plain.transform(IMAGES[:20]), S, atol=1e-6)
     for dtype in (np.uint8, np.int64, bool):
@@ -127,31 +131,20 @@ def test_families_and_dtypes(tmp_path):
         .set_output(transform="pandas")
         .fit_transform(IMAGES[:20].reshape(20, -1))
     )
-    assert list(frame.columns[:2]) == ["c0 S0 y0 x0", "c0 S0 y0 x1"] and np.allclose(
-        frame, S, atol=1e-6
-    )
+    assert list(frame.columns[:2]) == ["c0 S0 y0 x0", "c0 S0 y0 x1"]
+    assert np.allclose(frame, S, atol=1e-6)
 
 
-def test_a_cache_file_is_believed_only_if_it_is_this_result(tmp_path):
-    x, other = IMAGES[:6], IMAGES[6:12]
-    s = Scattering(cache=tmp_path).fit(x)
-    S = s.transform(x)
-    file = next(tmp_path.iterdir())
+def wrong_files(file, S, folder):
+    "Contents that a cache file must not have, by what is wrong with them."
     good = file.read_bytes()
     _, about = load_arrays(file)
-    s.transform(other)
-    foreign = next(f for f in tmp_path.iterdir() if f != file).read_bytes()
     flipped = bytearray(good)
     flipped[-5] ^= 4  # one bit of one coefficient
-    plain = tmp_path / "plain"
+    plain = folder / "plain"
     save_file({"coefficients": S + 1}, plain)  # the right shape, without a checksum
-    written = {
-        "foreign": foreign,
-        "flipped": bytes(flipped),
-        "plain": plain.read_bytes(),
-        "cut": good[:100],
-        "empty": b"",
-    }
+    yield from {"flipped": flipped, "plain": plain.read_bytes(), "cut": good[:100]}.items()
+    yield "empty", b""
     for name, arrays, what in (
         ("rows", {"coefficients": S[:3]}, about),
         ("dtype", {"coefficients": S.astype(np.float64)}, about),
@@ -161,8 +154,17 @@ def test_a_cache_file_is_believed_only_if_it_is_this_result(tmp_path):
         ("more", {"coefficients": S, "c": S}, about),
     ):
         save_arrays(plain, arrays, what)
-        written[name] = plain.read_bytes()
-    for name, content in written.items():
+        yield name, plain.read_bytes()
+
+
+def test_a_cache_file_is_believed_only_if_it_is_this_result(tmp_path):
+    cache, (x, other) = tmp_path / "cache", (IMAGES[:6], IMAGES[6:12])
+    s = Scattering(cache=cache).fit(x)
+    S = s.transform(x)
+    file = next(cache.iterdir())
+    s.transform(other)
+    foreign = next(f for f in cache.iterdir() if f != file).read_bytes()
+    for name, content in [("foreign", foreign), *wrong_files(file, S, tmp_path)]:
         file.write_bytes(content)
         with pytest.warns(UserWarning, match="computing its coefficients again"):
             assert np.array_equal(s.transform(x), S), name
@@ -243,6 +245,14 @@ def test_bad_transform():
             s.transform(x)
 
 
+def laplace_machine(machine, x):
+    "The machine, written out; away from a coincident point, whose slope is taken as 0."
+    gap = x[None] - machine.centers
+    r = (gap * apply_metric(gap, machine.M)).sum(1)
+    near = r < 1e-18
+    return torch.where(near, 0, torch.exp(-torch.where(near, 1.0, r).sqrt() / 3)) @ machine.coef
+
+
 @pytest.mark.parametrize("metric", ["diag", "shared", "separable"])
 def test_rounds_by_autograd(metric):
     C, P = 3, 4
@@ -253,16 +263,7 @@ def test_rounds_by_autograd(metric):
     )
     steps = list(rounds(CholeskySolver(Laplace(3.0), X, Y, [1e-3], STRUCTURES[metric](C, P)), 2))
     for now, after in zip(steps, steps[1:]):
-
-        def f(x):  # away from the coincident point, whose slope is taken as 0
-            gap = x[None] - now.machine.centers
-            r = (gap * apply_metric(gap, now.machine.M)).sum(1)
-            near = r < 1e-18
-            return (
-                torch.where(near, 0, torch.exp(-torch.where(near, 1.0, r).sqrt() / 3))
-                @ now.machine.coef
-            )
-
+        f = partial(laplace_machine, now.machine)
         J = torch.stack([torch.autograd.functional.jacobian(f, x) for x in X]).reshape(-1, C, P)
         D, blocks = J.square().sum(0) / 25, torch.einsum("icp,ikp->ck", J, J) / 25 / P
         want = {
@@ -304,40 +305,25 @@ def test_equals_rfm(kernel):
 
 @pytest.mark.parametrize("metric, channels", [("diag", None), ("shared", 81), ("separable", 81)])
 def test_classifier(tmp_path, metric, channels):
-    pipe = make_pipeline(
-        Scattering(),
-        MapScaler(81),
-        MapRFMClassifier(
-            metric,
-            channels=channels,
-            n_iter=2,
-            bandwidth=3.0,
-            reg=[1e-4, 1e-2],
-            validation_fraction=0.25,
-            random_state=0,
-        ),
-    )
+    chosen = dict(reg=[1e-4, 1e-2], validation_fraction=0.25, random_state=0)
+    model = MapRFMClassifier(metric, channels=channels, n_iter=2, bandwidth=3.0, **chosen)
+    pipe = make_pipeline(Scattering(), MapScaler(81), model)
     pipe.fit(IMAGES[:120], DIGITS.y[:120])
     assert pipe.score(IMAGES[120:], DIGITS.y[120:]) > 0.8
-    model = pipe[-1]
-    assert (
-        len(model.history_) == 3
-        and model.history_["val_score"].idxmax() == model.best_round_
-        and set(model.history_["reg"]) <= {1e-4, 1e-2}
-    )
+    assert len(model.history_) == 3 and set(model.history_["reg"]) <= {1e-4, 1e-2}
+    assert model.history_["val_score"].idxmax() == model.best_round_
     features = pipe[:-1].transform(IMAGES[120:])
     model.save(tmp_path / "m")
     again = MapRFMClassifier.load(tmp_path / "m")
-    assert (
-        np.allclose(again.decision_function(features), model.decision_function(features), atol=1e-5)
-        and again.get_params()["metric"] == metric
-    )
+    want = model.decision_function(features)
+    assert np.allclose(again.decision_function(features), want, atol=1e-5)
+    assert again.get_params()["metric"] == metric
     Z = model.transform(features)
     outputs = (
         Laplace(3.0 * features.shape[1] ** 0.5)(Z, model.transform(model.machine_.centers.numpy()))
         @ model.dual_coef_
     )
-    assert np.allclose(outputs, model.decision_function(features), atol=1e-4)
+    assert np.allclose(outputs, want, atol=1e-4)
 
 
 def test_search_and_clone():

@@ -9,7 +9,7 @@ import torch
 from scipy.spatial.distance import cdist
 from sklearn.base import clone, is_classifier, is_regressor
 from sklearn.exceptions import NotFittedError
-from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.model_selection import GridSearchCV, KFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
@@ -298,44 +298,20 @@ def test_single_precision(source):
 
 def test_choices_are_the_best_of_the_folds(source):
     X, y = target(60)
-    model = transfer(
-        source,
-        (X, y),
-        RFMRegressor(n_iter=1),
-        mode="blend",
-        identity=[0.1, 0.5, 1.0],
-        power=[0.5, 1.0],
-        random_state=3,
-    )
+    blend = dict(learner=RFMRegressor(n_iter=1), mode="blend")
+    open_ = dict(identity=[0.1, 0.5, 1.0], power=[0.5, 1.0], random_state=3)
+    model = transfer(source, (X, y), **blend, **open_)
     table = model.cv_results_
     assert len(table) == 5 * 2 * 2 + 1  # the identity alone is tried once
     best = table.loc[table["mean"].idxmax()]
-    assert (model.weight_, model.identity_, model.power_) == (
-        best["weight"],
-        best["identity"],
-        best["power"],
-    )
-    row = table[(table["weight"] == 0.5) & (table["identity"] == 0.1) & (table["power"] == 1)].iloc[
-        0
-    ]
-    again = transfer(
-        source,
-        (X, y),
-        RFMRegressor(n_iter=1),
-        mode="blend",
-        weight=[0.5, 0.0],
-        power=1.0,
-        random_state=3,
-    )
+    used = [model.weight_, model.identity_, model.power_]
+    assert used == best[["weight", "identity", "power"]].tolist()
+    row = table.query("weight == 0.5 and identity == 0.1 and power == 1").iloc[0]
+    again = transfer(source, (X, y), **blend, weight=[0.5, 0.0], power=1.0, random_state=3)
     assert np.isclose(again.cv_results_["mean"][0], row["mean"])
-    from sklearn.model_selection import KFold
-
-    by_hand = [
-        TransferRFM(source, RFMRegressor(n_iter=1), "blend", weight=0.5, power=1.0)
-        .fit(X[a], y[a])
-        .score(X[b], y[b])
-        for a, b in KFold(3, shuffle=True, random_state=3).split(X)
-    ]
+    one = TransferRFM(source, **blend, weight=0.5, power=1.0)
+    folds = KFold(3, shuffle=True, random_state=3).split(X)
+    by_hand = [one.fit(X[a], y[a]).score(X[b], y[b]) for a, b in folds]
     assert np.isclose(np.mean(by_hand), row["mean"])  # nothing of the held-out rows is seen
 
 
@@ -382,11 +358,8 @@ def test_scikit_learn_habits(source):
     model = TransferRFM(source, RFMClassifier(n_iter=1), weight=0.5)
     assert is_classifier(model) and not is_regressor(model) and is_regressor(TransferRFM(source))
     copy = clone(model.fit(X, y))
-    assert (
-        copy.source is source
-        and copy.learner is not model.learner
-        and not hasattr(copy, "learner_")
-    )
+    assert copy.source is source and copy.learner is not model.learner
+    assert not hasattr(copy, "learner_")
     assert len(cross_val_score(model, X, y, error_score="raise")) == 5
     search = GridSearchCV(
         TransferRFM(source, RFMClassifier(n_iter=1), weight=0.5),
@@ -397,11 +370,8 @@ def test_scikit_learn_habits(source):
     assert search.best_estimator_.source is source
     piped = make_pipeline(FunctionTransformer(), TransferRFM(source, RFMClassifier())).fit(X, y)
     assert 0.5 < piped.score(X, y) <= 1
-    assert (
-        model.decision_function(X).shape == (60,)
-        and model.transform(X).shape == X.shape
-        and model.n_features_in_ == D
-    )
+    assert model.decision_function(X).shape == (60,) and model.transform(X).shape == X.shape
+    assert model.n_features_in_ == D
     assert not hasattr(TransferRFM(source).fit(*target()), "decision_function")
     with pytest.raises(NotFittedError):
         TransferRFM(source).predict(X)
@@ -469,9 +439,11 @@ def test_shared_features_help_and_others_hurt():
     gains = {name: [] for name in ("fixed", "blend", "initial", "turned", "other")}
     for seed in range(3):
         data = target(60, seed, 20)
-        score = lambda M, **options: transfer(M, data, RFMRegressor(n_iter=1), **options).score(
-            X_test, y_test
-        )
+
+        def score(M, **options):
+            model = transfer(M, data, RFMRegressor(n_iter=1), **options)
+            return model.score(X_test, y_test)
+
         none = RFMRegressor(n_iter=0).fit(*data).score(X_test, y_test)
         for mode in MODES:
             gains[mode].append(score(source, mode=mode) - none)
@@ -612,7 +584,8 @@ def test_bad_sources(wrong, kind, text):
         (
             {"learner": RFMRegressor(diag=True)},
             ValueError,
-            r"source holds a full matrix \(8, 8\), but learner has diag=True; pass source=M.diagonal\(\)",
+            r"source holds a full matrix \(8, 8\), but learner has diag=True; "
+            r"pass source=M.diagonal\(\)",
         ),
         ({"learner": None}, ValueError, "learner=None takes the settings of the source"),
         ({"learner": RFMRegressor(bandwidth=-1)}, ValueError, "bandwidth must be"),
@@ -652,7 +625,8 @@ def test_patches_that_do_not_fit(conv_source):
     fits = dict(depth=1, patch_size=7)
     with pytest.raises(
         ValueError,
-        match=r"source was learned on patches of 3 x 7 x 7 .* patches of X hold 1 x 7 x 7 = 49 numbers.*X.mean\(1, keepdims=True\)",
+        match=r"source was learned on patches of 3 x 7 x 7 .* "
+        r"patches of X hold 1 x 7 x 7 = 49 numbers.*X.mean\(1, keepdims=True\)",
     ):
         transfer(conv_source, (X[:, :1], y), ConvRFMClassifier(**fits))
     with pytest.raises(ValueError, match="patches of X hold 3 x 3 x 3 = 27 numbers.*patch_size=7"):
@@ -685,7 +659,9 @@ def test_nothing_warns(source):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_agrees(source):
     data = target()
-    on = lambda device: transfer(
-        source, data, RFMRegressor(n_iter=1, device=device), mode="blend", weight=0.5
-    )
-    np.testing.assert_allclose(on("cuda").predict(data[0]), on("cpu").predict(data[0]), atol=1e-3)
+    found = []
+    for device in ("cuda", "cpu"):
+        learner = RFMRegressor(n_iter=1, device=device)
+        model = transfer(source, data, learner, mode="blend", weight=0.5)
+        found.append(model.predict(data[0]))
+    np.testing.assert_allclose(*found, atol=1e-3)

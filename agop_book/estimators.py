@@ -21,7 +21,7 @@ from sklearn.base import (
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import train_test_split
 from sklearn.utils.validation import check_is_fitted, validate_data
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .arrays import as_real, to_family
 from .devices import device as pick_device

@@ -71,10 +71,9 @@ class GRUStep(nn.Module):
                  source,    # nn.GRU
                  at):       # torch's suffix of a layer and direction, such as "l0"
         super().__init__()
-        ih = f"ih_{at}"
-        hh = f"hh_{at}"
-        d = 2 * source.hidden_size
-        gates, candidate = slice(d), slice(d, None)
+        ih, hh = f"ih_{at}", f"hh_{at}"
+        gate_rows = 2 * source.hidden_size
+        gates, candidate = slice(gate_rows), slice(gate_rows, None)
         self.gates = SharedLinear(source, (ih, hh), gates,
                                   heads=[("reset", None), ("update", None)])
         self.candidate_input = SharedLinear(source, (ih,), candidate, "candidate-input")

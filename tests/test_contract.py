@@ -1,4 +1,7 @@
-"""What every estimator promises: scikit-learn's habits, families of data, files, AGOP, rows that do not influence each other, refusals."""
+"""What every estimator promises.
+
+scikit-learn's habits, families of data, files, AGOP, rows that do not influence each other,
+refusals."""
 
 import copy
 import inspect
@@ -398,7 +401,7 @@ def test_one_far_training_row_leaves_the_others_alone(model, far, dtype):
 
 
 def test_rows_far_from_the_others_keep_their_distances():
-    "Two clusters a million apart: within each of them single precision is exact, and so must be what is made of it."
+    "Two clusters a million apart: single precision is exact within each, and so must the rest be."
     rng = np.random.default_rng(0)
     Z = rng.normal(size=(60, 3)).astype(np.float32)
     Z[30:] += 1e6
@@ -825,7 +828,8 @@ def test_labels_that_are_missing_or_do_not_compare(labels):
     labels = labels if hasattr(labels, "dtype") else np.array(labels, dtype=object)
     with pytest.raises(
         ValueError,
-        match="^y (contains missing labels|holds labels)|Input y contains NaN|[Uu]nknown label type|mix of label",
+        match="^y (contains missing labels|holds labels)|Input y contains NaN|"
+        "[Uu]nknown label type|mix of label",
     ):
         RFMClassifier(n_iter=0).fit(rows(), labels)
 

@@ -1,4 +1,4 @@
-"""ConvRFM and Deep RFM: the published round, an independent solution, scale, shapes, files, interruption, bad input."""
+"""ConvRFM and Deep RFM: the published round, an independent solution, scale, shapes, files."""
 
 import os
 import warnings

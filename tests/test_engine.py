@@ -1,4 +1,4 @@
-"""The rooms that everything stands on: what counts as numbers, what memory there is, files that are whole."""
+"""What everything stands on: what counts as numbers, what memory there is, whole files."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""RFM estimators: scikit-learn's checks, independent solutions, families, memory, files, interruption, bad input."""
+"""RFM estimators: scikit-learn's checks, independent solutions, families, memory, files."""
 
 import subprocess
 import sys

@@ -396,7 +396,7 @@ def test_check_estimator(estimator):
 
 
 def test_check_estimator_of_the_transformer():
-    "The checks feed tables of whatever width; those that fail do so because a row is not an image, and say so."
+    "The checks feed tables of any width; those that fail say that a row is not an image."
     results = check_estimator(Scattering(J=1, image_shape=(1, 2, 2)), on_fail=None, on_skip=None)
     failed = [r for r in results if r["status"] == "failed"]
     assert sum(r["status"] == "passed" for r in results) >= 18

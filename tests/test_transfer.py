@@ -1,4 +1,4 @@
-"""Transfer: units, the mixture, where the modes meet, the controls, independent solutions, effects with known answers, bad input."""
+"""Transfer: units, the mixture, where the modes meet, controls, independent solutions, bad input."""
 
 import warnings
 
@@ -635,9 +635,7 @@ def test_patches_that_do_not_fit(conv_source):
         ValueError, match=r"matrix of shape \(9, 9\), but patches of X hold 3 x 7 x 7"
     ):
         transfer(np.eye(9), (X, y), ConvRFMClassifier(**fits))
-    with pytest.raises(
-        ValueError, match="a matrix on patches and one on whole rows do not compare"
-    ):
+    with pytest.raises(ValueError, match="on patches and one on whole rows do not compare"):
         transfer(conv_source, (X.reshape(12, -1), y), RFMClassifier())
     with pytest.raises(ValueError, match="do not compare"):
         transfer(

@@ -18,7 +18,6 @@ from .finder import Finder
 from .frozen import frozen
 from .layers import CODES, plan_taps
 from .network import Network
-from .opened import plan_taps      # with the layers that have to be opened
 from .origins import DATA, Gathered, Origins
 from .taps import LEFT_OUT
 from .tensors import each, in_transform, tensors_in, whole

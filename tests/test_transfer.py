@@ -1,4 +1,4 @@
-"""Transfer: units, the mixture, where the modes meet, controls, independent solutions, bad input."""
+"""Transfer: units, the mixture, where the modes meet, controls, independent solutions."""
 
 import warnings
 

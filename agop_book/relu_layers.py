@@ -95,7 +95,7 @@ def compiled_layers():
     """`first_layer` and `next_layer` compiled for float32; None where torch.compile does not work.
 
     Takes some seconds, once per process."""
-    layers = (_compiled(first_layer), _compiled(next_layer))
+    layers = _compiled(_first_fused, first_layer), _compiled(_next_fused, next_layer)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -105,20 +105,30 @@ def compiled_layers():
         return None
 
 
-def _compiled(layer):
+def _first_fused(w, *norms):
+    return first_layer(w, *norms, relu=fused_relu)
+
+
+def _next_fused(S, T, *rest):
+    return next_layer(S, T, *rest, relu=fused_relu)
+
+
+def _compiled(fused, plain):
     "The layer in one loop; plain where an axis has length 1, for which it would compile anew."
-    fused = functools.partial(layer, relu=fused_relu)
-    fast = torch.compile(lambda *args: fused(*args), dynamic=True)
-    norms = 1 if layer is first_layer else 2                      # where a and b stand
+    fast = torch.compile(fused, dynamic=True)
+    maps = 1 if plain is first_layer else 2                    # the norms a and b stand behind them
     def run(*args):
-        a, b = args[norms:norms + 2]
-        return (fast if min(*a.shape[:3], b.shape[3]) > 1 else layer)(*args)
+        a, b = args[maps:maps + 2]
+        return (fast if min(*a.shape[:3], b.shape[3]) > 1 else plain)(*args)
     return run
 
 
 def _warm_up(first, further):
     "One tile in the layout of all: parts of 7 images; no two lengths alike, or they pass for one."
-    a, b = torch.rand(13, 10, 7)[:, :, 1:5, None], torch.rand(13, 10, 7)[:, :, None, :6]
-    S, T, _ = first(torch.rand(13, 10, 4, 6) - 1, a, b)
-    a, b = torch.rand(11, 8, 4)[..., None], torch.rand(11, 8, 7)[:, :, None, :6]
-    further(S, T, a, b, -1 / a, torch.rand(11, 8, 7)[:, :, None, :6], 3)
+    norms, after = torch.rand(13, 10, 7), torch.rand(11, 8, 7)
+    left, right = norms[:, :, 1:5], norms[:, :, :6]
+    S, T, _ = first(torch.rand(130, 4, 6).unflatten(0, (13, 10)) - 1,
+                    left[..., :, None], right[..., None, :])
+    left, right = after[:, :, 1:5] * 3, after[:, :, :6]
+    further(S, T, left[..., :, None], right[..., None, :],
+            (-1 / left)[..., :, None], (1 / after)[:, :, :6][..., None, :], 3)

@@ -24,4 +24,4 @@ def _modules():
 
 _homes = [(name, module) for module in _modules() for name in module.__all__]
 globals().update({name: getattr(module, name) for name, module in _homes})
-__all__ = [name for name, _ in _homes]
+__all__ = sorted({name for name, _ in _homes})

@@ -29,8 +29,12 @@ def _is_kernel(value):
     return isinstance(value, Kernel) or value in KERNELS
 
 
+def _kernels():
+    return f"a Kernel or one of {sorted(KERNELS)}"
+
+
 RULES = {
-    "kernel": Rule(_is_kernel, f"a Kernel or one of {sorted(KERNELS)}"),
+    "kernel": Rule(_is_kernel, _kernels),
     "bandwidth": number(1e-150, 1e150, "a finite number above 0 (from 1e-150 to 1e150), "
                         "in the units of distances between rows"),
     "n_iter": number(0, 10**6, "an integer from 0 to 1,000,000", numbers.Integral),
@@ -41,7 +45,7 @@ RULES = {
                                   "None or a number between 0 and 1", none=True),
     "memory_limit": number(np.nextafter(0, 1), np.inf, "None or a number of bytes above 0",
                            none=True),
-    "solver": one_of(sorted(SOLVERS)),
+    "solver": one_of(SOLVERS),
     "metric": one_of(STRUCTURES),
     "channels": number(1, 2**31, "None or an integer of at least 1: the maps in a row",
                        numbers.Integral, none=True),

@@ -19,8 +19,8 @@ from .arrays import is_number
 # %% ../nbs/workshop/parameters.ipynb #a2e138f1
 class Rule(NamedTuple):
     "What a parameter must be."
-    test: Callable    # value -> whether it is good; an exception means that it is not
-    want: str         # "must be ..." in the error
+    test: Callable         # value -> whether it is good; an exception means that it is not
+    want: str | Callable   # "must be ..." in the error; a function where that may change
 
 
 def number(low: float,          # smallest value
@@ -46,12 +46,13 @@ def several(rule: Rule   # for one value
     return Rule(test, f"{rule.want}, or a list of such values")
 
 
-def one_of(values,             # an iterable of strings or None
-           want: str = ""      # the words of the error; "": the values themselves
+def one_of(values,          # strings or None; a registry may still grow
+           want: str = ""   # the words of the error; "": the values themselves
            ) -> Rule:
     "One of some values."
-    values = list(values)
-    return Rule(lambda value: value in values, want or f"one of {', '.join(map(repr, values))}")
+    def listed():
+        return want or f"one of {', '.join(map(repr, values))}"
+    return Rule(lambda value: value in values, listed)
 
 
 def flag() -> Rule:
@@ -64,8 +65,10 @@ def check_parameters(estimator,     # with `get_params`
                      ):
     "ValueError, naming the parameter, its value and what it must be, for the first that is not."
     for name, value in estimator.get_params(deep=False).items():
-        if name in rules and not _holds(rules[name], value):
-            raise ValueError(f"{name} must be {rules[name].want}, got {value!r}.")
+        if name not in rules or _holds(rules[name], value): continue
+        want = rules[name].want
+        said = want() if callable(want) else want
+        raise ValueError(f"{name} must be {said}, got {value!r}.")
 
 
 def _holds(rule, value):

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .arrays import is_count, is_number
 from .coverage import coverage
 from .functions import check_mode, steady
-from .nested import batches
+from .nested import model_batches
 from .outputs import Outputs
 from .processes import all_or_none, is_distributed
 from .pulling import NO_SITES, EveryOutput, Puller, RandomSigns
@@ -49,7 +49,7 @@ class Sweep:
 
     def collect(self,
                 model: nn.Module,
-                data):             # see `nested.batches`
+                data):             # see `nested.model_batches`
         "[(name, kind, head, W, sums over n, inner), ...] of every weight, and how much it covers."
         with all_or_none(self.reduce), steady(model) as check:
             check_mode(model)
@@ -60,7 +60,7 @@ class Sweep:
                 puller = Puller(watch, Outputs(model, self.output), seeds, weight.device, check)
                 puller.open()
                 _check_values(model)
-                self._walk(puller, batches(data, self.batch_size, weight))
+                self._walk(puller, model_batches(data, self.batch_size, weight))
                 if together:
                     puller.add_processes()
                 if not sum(puller.counts):

@@ -274,8 +274,9 @@ def test_rules(path):
 def prose(tree):
     "The numbers of the lines that docstrings stand on."
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, *DEFINITIONS)) and node.body and is_docstring(node.body[0]):
-            yield from range(node.body[0].lineno, node.body[0].end_lineno + 1)
+        first = node.body[:1] if isinstance(node, (ast.Module, *DEFINITIONS)) else []
+        if first and is_docstring(first[0]):
+            yield from range(first[0].lineno, first[0].end_lineno + 1)
 
 
 def test_median_line():

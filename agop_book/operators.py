@@ -6,7 +6,6 @@
 __all__ = ['PatchOperator', 'patch_operators']
 
 # %% ../nbs/workshop/operators.ipynb #50a0f905
-import difflib
 import numbers
 import re
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import nn
 
 from .arrays import is_count, is_number
 from .nfa import nfa
+from .parameters import did_you_mean
 from .photos import as_photos, layer_grid
 
 # %% ../nbs/workshop/operators.ipynb #50a0f301
@@ -179,9 +179,8 @@ def _wanted(convs, layers):
     names = [layers] if isinstance(layers, str) else list(layers)
     for name in names:
         if name in convs: continue
-        close = difflib.get_close_matches(str(name), convs, 3, 0.4) or list(convs)[:3]
         raise ValueError(
-            f"layers: {name!r} is not a convolution of the network; did you mean"
-            f" {' or '.join(map(repr, close))}? (all: patch_operators(model, images).keys())"
+            f"layers: {name!r} is not a convolution of the network; "
+            f"{did_you_mean(name, convs, 0.4)}(all: patch_operators(model, images).keys())"
         )
     return names

@@ -81,11 +81,11 @@ def _holds(rule, value):
 # %% ../nbs/workshop/parameters.ipynb #2571fac3
 def did_you_mean(name,         # what was asked for
                  known,        # the names that there are
-                 cutoff=0.6    # how close a name must be, from 0 to 1
+                 cutoff=0.5    # how close a name must be, from 0 to 1
                  ) -> str:
-    "\": did you mean this or that?\" for up to three known names that are close, else nothing."
+    "\"did you mean 'this' or 'that'? \" for up to three known names that are close, else nothing."
     close = difflib.get_close_matches(str(name), known, 3, cutoff)
-    return f": did you mean {' or '.join(close)}?" if close else ""
+    return f"did you mean {' or '.join(map(repr, close))}? " if close else ""
 
 # %% ../nbs/workshop/parameters.ipynb #a62b88d2
 def all_or_nothing(fit: Callable   # method of an estimator, which sets `machine_`

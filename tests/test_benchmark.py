@@ -223,7 +223,7 @@ def test_workers_of_a_killed_run_end_with_it(tmp_path):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"models": ["RMF"]}, "unknown model 'RMF': did you mean RFM"),
+        ({"models": ["RMF"]}, "unknown model 'RMF': did you mean 'RFM'"),
         ({"protocol": "ours"}, "protocol='ours' must be one of"),
         ({"models": ["MLP"], "protocol": "nested"}, "unknown model 'MLP'"),
     ],
@@ -290,8 +290,8 @@ def test_the_command_in_two_processes(tmp_path):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["sklearn/irsi"], "did you mean sklearn/iris"),
-        (["sklearn/iris", "--model", "RMF"], "did you mean RFM"),
+        (["sklearn/irsi"], "did you mean 'sklearn/iris'"),
+        (["sklearn/iris", "--model", "RMF"], "did you mean 'RFM'"),
         ([], "AGOP_BOOK_DATA"),
     ],
 )

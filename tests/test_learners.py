@@ -86,7 +86,7 @@ def test_a_test_table_is_brought_to_the_scale_of_the_training_table():
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("sklearn/irsi", "unknown task 'sklearn/irsi': did you mean sklearn/iris"),
+        ("sklearn/irsi", "unknown task 'sklearn/irsi': did you mean 'sklearn/iris'"),
         ("flags", "AGOP_BOOK_DATA"),
         ("", "unknown task ''"),
     ],

@@ -90,7 +90,7 @@ def one(book):
 
 
 @pytest.mark.parametrize("argv, text", [
-    (["rfm-lowrnk"], "'rfm-lowrnk'.*did you mean rfm-lowrank"),
+    (["rfm-lowrnk"], "'rfm-lowrnk'.*did you mean 'rfm-lowrank'"),
     (["zzz"], "'zzz'.*agop-book list"),
     (["--scale", "huge"], "'huge'.*quick, book, paper"),
     (["--device", "gpu"], "'gpu'.*auto, cpu, cuda"),

@@ -66,7 +66,7 @@ def test_task_and_its_splits(root):
     assert "rebuilt" not in load("uci121/toy").label
     assert set(tasks()) == {"toy", "single"}
     assert available().set_index("name").n["uci121"] == "2 tasks"
-    with pytest.raises(DataNotFound, match="did you mean single"):
+    with pytest.raises(DataNotFound, match="did you mean 'single"):
         load("uci121/singel")
 
 

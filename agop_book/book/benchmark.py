@@ -62,7 +62,7 @@ def _named(models, known):
     if not isinstance(models, dict):
         for name in models or ():
             if name not in known:
-                raise ValueError(f"unknown model {name!r}{did_you_mean(name, known)}; known are "
+                raise ValueError(f"unknown model {name!r}: {did_you_mean(name, known)}known are "
                                  f"{', '.join(known)}. Pass a dict for models of your own")
         return {name: known[name] for name in models or known}
     for name, model in models.items():

@@ -6,7 +6,6 @@
 __all__ = ['SMALL_VGGS', 'Pixels', 'read_weights', 'CifarResNet', 'cifar_resnet', 'squeezenet', 'SmallVGG', 'Network', 'cnn']
 
 # %% ../../nbs/book/convnets.ipynb #50a0f105
-import difflib
 import math
 import pickle
 from collections import OrderedDict
@@ -25,6 +24,7 @@ from .run import pick
 from .train import seeded, trained
 from ..devices import device
 from ..files import UnreadableData
+from ..parameters import did_you_mean
 
 # %% ../../nbs/book/convnets.ipynb #f4ae1a9f
 class Pixels(nn.Module):
@@ -290,6 +290,5 @@ def _imagenet_model(name, pretrained, download, seed):
 def _unknown(name, names):
     "What to say of a name that is none, with the near ones."
     known = ["squeezenet", *_resnet_names(), *SMALL_VGGS]
-    near = difflib.get_close_matches(str(name), [*known, *names], 3, 0.5)
-    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    hint = did_you_mean(name, [*known, *names])
     return f"name={name!r}: {hint}Choose {', '.join(known)} or a model of torchvision"

@@ -6,7 +6,6 @@
 __all__ = ['load', 'available']
 
 # %% ../../nbs/book/load.ipynb #ec37d853
-import difflib
 import re
 from dataclasses import replace
 
@@ -21,6 +20,7 @@ from .samples import Dataset, Request, SubsetError, draw
 from .sets import SETS
 from .sources import DataNotFound, Place, describe_roots, fetch_to_cache
 from ..files import UnreadableData
+from ..parameters import did_you_mean
 
 # %% ../../nbs/book/load.ipynb #04c4eeee
 def _request(name, split, size):
@@ -41,9 +41,7 @@ def _request(name, split, size):
 
 
 def _unknown(name, base):
-    close = difflib.get_close_matches(base, SETS, 1, 0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"unknown set {name!r}: {hint}known are {', '.join(SETS)}"
+    return f"unknown set {name!r}: {did_you_mean(base, SETS)}known are {', '.join(SETS)}"
 
 
 def _variant(name, base, row, task):
@@ -232,8 +230,8 @@ def _absence(row, request, missing):
     "What was tried for one set, and what to do."
     tried = list(missing)
     if callable(row.variants):
-        close = difflib.get_close_matches(request.task, row.variants(), 3)
-        tried += [f"did you mean {' or '.join(close)}?"] if close else []
+        hint = did_you_mean(request.task, row.variants())
+        tried += [hint.strip()] if hint else []
     how = row.how_to_get(request.name)
     return f"{request.name}: {', '.join(tried)}\n  to get it: {how}"
 

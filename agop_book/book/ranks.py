@@ -152,5 +152,5 @@ def gains_over(
     if base in a:
         others = a.columns.drop(base)
         return pd.DataFrame({name: _against((a[name] - a[base]).round(9)) for name in others}).T
-    raise ValueError(f"no model {base!r} in results{did_you_mean(base, list(a))}; there are "
+    raise ValueError(f"no model {base!r} in results: {did_you_mean(base, list(a))}there are "
                      f"{', '.join(a)}")

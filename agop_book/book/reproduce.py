@@ -6,7 +6,6 @@
 __all__ = ['reproduce', 'listing']
 
 # %% ../../nbs/book/reproduce.ipynb #92da636b
-import difflib
 import os
 import sys
 import time
@@ -22,6 +21,7 @@ from .report import write_report
 from .run import SCALES, UsageError, out_dir, progress
 from .run import scale as chosen_scale
 from ..devices import device_name
+from ..parameters import did_you_mean
 
 # %% ../../nbs/book/reproduce.ipynb #de7f1da5
 def _wanted(figures, book):
@@ -29,8 +29,7 @@ def _wanted(figures, book):
     known = {id: chapter for chapter in book for id in chapter.figures}
     for id in figures:
         if id in known: continue
-        near = " or ".join(difflib.get_close_matches(id, known, 3, 0.5))
-        remedy = f"did you mean {near}?" if near else "`agop-book list` names all of them"
+        remedy = did_you_mean(id, known).strip() or "`agop-book list` names all of them"
         raise UsageError(f"unknown figure {id!r}: {remedy}")
     if not figures: return [(chapter, None) for chapter in book]
     asked = [(chapter, [id for id in figures if known[id] is chapter]) for chapter in book]

@@ -94,5 +94,5 @@ def get_task(
     if name in folders: return one_scale(read_task(folders[name]))
     hint = did_you_mean(name, [*folders, *BUNDLED])
     remedy = "" if folders else " (set AGOP_BOOK_DATA to the folder above uci121)"
-    raise ValueError(f"unknown task {name!r}{hint}; {len(folders)} of the 121 tasks are on this "
+    raise ValueError(f"unknown task {name!r}: {hint}{len(folders)} of the 121 tasks are on this "
                      f"machine{remedy}, and {', '.join(BUNDLED)} always are")

@@ -144,7 +144,7 @@ class KernelRFM(BaseRFM):
         rows = self._valid(X)
         root = torch.as_tensor(matrix_power(self.M_, 0.5))
         root = self._structure(rows.shape[1]).on_rows(root)
-        x = torch.from_numpy(np.asarray(rows, np.promote_types(rows.dtype, self.M_.dtype)))
+        x = torch.from_numpy(np.array(rows, np.promote_types(rows.dtype, self.M_.dtype)))
         return to_family(apply_metric(x, root).numpy().astype(rows.dtype, copy=False), X)
 
     # --- files

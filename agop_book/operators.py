@@ -17,7 +17,7 @@ from torch import nn
 
 from .arrays import is_count, is_number
 from .nfa import nfa
-from .parameters import did_you_mean
+from .terminal import did_you_mean
 from .photos import as_photos, layer_grid
 
 # %% ../nbs/workshop/operators.ipynb #50a0f301

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from agop_book.book import run
+from agop_book.terminal import steady_output
 from agop_book.devices import device
 from agop_book.extras import MissingExtra, extra
 
@@ -77,7 +78,7 @@ def test_output_survives_encodings_and_readers_that_leave():
     raw = io.BytesIO()
     outer, sys.stdout = sys.stdout, io.TextIOWrapper(raw, "ascii")
     try:
-        with run.steady_output():
+        with steady_output():
             print("Fernández 数")
         sys.stdout.flush()
         assert raw.getvalue() == b"Fern\\xe1ndez \\u6570\n" and sys.stdout.errors == "strict"

@@ -31,7 +31,7 @@ from .tasks import get_task
 from .uci import Task
 from .uci import tasks as found_tasks
 from ..files import check_writable
-from ..parameters import did_you_mean
+from ..terminal import did_you_mean
 
 # %% ../../nbs/book/benchmark.ipynb #2ee8b07a
 def _size(task):

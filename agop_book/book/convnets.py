@@ -24,7 +24,7 @@ from .run import pick
 from .train import seeded, trained
 from ..devices import device
 from ..files import UnreadableData
-from ..parameters import did_you_mean
+from ..terminal import did_you_mean
 
 # %% ../../nbs/book/convnets.ipynb #f4ae1a9f
 class Pixels(nn.Module):

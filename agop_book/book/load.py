@@ -20,7 +20,7 @@ from .samples import Dataset, Request, SubsetError, draw
 from .sets import SETS
 from .sources import DataNotFound, Place, describe_roots, fetch_to_cache
 from ..files import UnreadableData
-from ..parameters import did_you_mean
+from ..terminal import did_you_mean
 
 # %% ../../nbs/book/load.ipynb #04c4eeee
 def _request(name, split, size):

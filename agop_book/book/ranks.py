@@ -12,7 +12,7 @@ import scikit_posthocs
 from scipy import stats
 
 from ..arrays import check_count
-from ..parameters import did_you_mean
+from ..terminal import did_you_mean
 
 # %% ../../nbs/04_tabular.ipynb #42b67291
 def accuracy_table(

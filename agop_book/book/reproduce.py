@@ -22,7 +22,7 @@ from .run import SCALES, out_dir, progress
 from ..terminal import UsageError
 from .run import scale as chosen_scale
 from ..devices import device_name
-from ..parameters import did_you_mean
+from ..terminal import did_you_mean
 
 # %% ../../nbs/book/reproduce.ipynb #de7f1da5
 def _wanted(figures, book):

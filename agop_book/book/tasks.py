@@ -17,7 +17,7 @@ from .load import load
 from .uci import Task, read_task
 from .uci import tasks as found_tasks
 from ..memory import plan
-from ..parameters import did_you_mean
+from ..terminal import did_you_mean
 
 # %% ../../nbs/book/tasks.ipynb #db045bd6
 def _table(x, y):

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 
 import agop_book
 from .extras import MissingExtra
+from .terminal import UsageError, steady_output
 
 # %% ../nbs/workshop/cli.ipynb #b3bf7aaa
 _CORE = ("numpy", "scipy", "torch", "scikit-learn", "pandas")
@@ -115,7 +116,6 @@ def main(
     chapters_in=None,  # folder with notebooks; None: the book's own
 ) -> int:              # exit code
     "The command `agop-book`."
-    from agop_book.book.run import steady_output
     try:
         with steady_output():
             return _command(argv, chapters_in)
@@ -125,7 +125,6 @@ def main(
 
 def _command(argv, chapters_in):
     "The command's exit code; errors of the caller and interruptions are said in a sentence."
-    from agop_book.book.run import UsageError
     try:
         args = _parser(chapters_in).parse_args(argv)
     except SystemExit as stop:

@@ -8,7 +8,8 @@ from tinybooks import IMPORTS, chapter, sidebar
 
 import agop_book
 from agop_book.book.chapters import book_map, chapters, closure
-from agop_book.book.run import UsageError, notebooks
+from agop_book.book.run import notebooks
+from agop_book.terminal import UsageError
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from ..arrays import check_count
 from .protocols import PROTOCOLS, check_protocol, evaluate
 from .results import results_text, save_results
 from .run import progress as bar
-from .run import steady_output
+from ..terminal import steady_output
 from .sweep import append_row, check_results, finished_rows
 from .tasks import get_task
 from .uci import Task

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import agop_book
 from .records import read_record
-from .run import UsageError, notebooks
+from .run import notebooks
+from ..terminal import UsageError
 from ..extras import extra
 
 with extra("book"):

@@ -18,7 +18,8 @@ from .chapters import chapters, figure_state, is_finished, read_stamp
 from .execute import Settings, remove_stale, run_chapter
 from .records import read_record, records
 from .report import write_report
-from .run import SCALES, UsageError, out_dir, progress
+from .run import SCALES, out_dir, progress
+from ..terminal import UsageError
 from .run import scale as chosen_scale
 from ..devices import device_name
 from ..parameters import did_you_mean

@@ -28,7 +28,7 @@ from .devices import device as pick_device
 from .matrices import cosine
 from .memory import free_memory
 from .modelfiles import Saved
-from .outcome import warn_of_nothing_learned
+from .outcome import check_outcome
 from .parameters import all_or_nothing, check_parameters
 from .solvers import BestAt, first, rounds
 
@@ -172,7 +172,7 @@ class BaseRFM(Saved, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         "Warn where nothing was learned, and say why."
         regression = isinstance(self, RegressorMixin)
         score = self.history_["train_score"][self.best_round_] if regression else None
-        warn_of_nothing_learned(self.machine_, self.M_, score)
+        check_outcome(self.machine_, self.M_, score)
 
     # --- answers
 

@@ -36,7 +36,7 @@ $(STAMP): settings.ini setup.py
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
-book: $(STAMP)  ## run every chapter, make every figure, the report page and the site
+book: $(STAMP)  ## run every lesson, make every figure, the report page and the site
 	$(BIN)/agop-book reproduce --scale $(SCALE) --out "$(OUT)"
 	@$(BIN)/python docs/build.py
 	@echo; echo "Figures and records: $(OUT)/"; ls -1 "$(OUT)"/*.html | sed 's/^/Report page: /'; echo "Site: _site/index.html"

@@ -178,19 +178,21 @@ def test_run_keep_force(book, out, monkeypatch):
     assert list(listed.state[:2]) == ["finished (book)"] * 2
 
 
-def test_chapters_in_folders(book, out):
-    "Executed copies lie in the folders that the chapters have, and the index runs last."
+def test_notebooks_in_folders_are_run_for_their_figures_only(book, out):
+    "Executed copies lie in the folders that the notebooks have, and the index runs last."
     made = "assert Path(os.environ['AGOP_BOOK_OUT'], 'a-1.json').exists()"
     chapter(book, "index", "# I", IMPORTS, made)
-    chapter(book, "shop/01_a", "# A", IMPORTS, fig("a-1"))
-    sidebar(book, "[index.ipynb, {section: Shop, contents: [shop/01_a.ipynb]}]")
+    chapter(book, "01_a", "# A", IMPORTS, fig("a-1"))
+    chapter(book, "shop/engine", "# E", IMPORTS, fig("e-1"))
+    sidebar(book, "[index.ipynb, 01_a.ipynb, {section: Shop, contents: [shop/engine.ipynb]}]")
     code, text, err = run(book, out)
     assert code == 0, err
     copies = {p.relative_to(out / "chapters").as_posix() for p in out.rglob("*.ipynb")}
-    assert copies == {"index.ipynb", "shop/01_a.ipynb"}
-    assert list(R.listing(out, book).chapter) == ["shop/01_a", "index"]
-    assert 'href="chapters/shop/01_a.ipynb"' in (out / "report.html").read_text()
+    assert copies == {"index.ipynb", "01_a.ipynb"}
+    assert list(R.listing(out, book).chapter) == ["01_a", "index"]
     assert run(book, out)[1].count("finished already") == 2
+    assert run(book, out, "e-1")[0] == 0 and (out / "chapters/shop/engine.ipynb").exists()
+    assert 'href="chapters/shop/engine.ipynb"' in (out / "report.html").read_text()
 
 
 def test_changed_chapter_and_partial_json_are_run_again(book, out):

@@ -132,6 +132,11 @@ class Chapter:
         "The sentence below it, or an empty string."
         return _first(self.notebook.cells, "> ")
 
+    @property
+    def is_lesson(self):
+        "Whether it is run with the book; notebooks in folders explain the engine."
+        return "/" not in self.name
+
     @classmethod
     def read(cls, folder, name, part=""):
         "The chapter `name` of the book in `folder`. UsageError where there is no notebook."

@@ -32,7 +32,7 @@ def _wanted(figures, book):
         if id in known: continue
         remedy = did_you_mean(id, known).strip() or "`agop-book list` names all of them"
         raise UsageError(f"unknown figure {id!r}: {remedy}")
-    if not figures: return [(chapter, None) for chapter in book]
+    if not figures: return [(chapter, None) for chapter in book if chapter.is_lesson]
     asked = [(chapter, [id for id in figures if known[id] is chapter]) for chapter in book]
     return [(chapter, ids) for chapter, ids in asked if ids]
 
@@ -65,7 +65,7 @@ def _same_environment():
 
 # %% ../../nbs/book/reproduce.ipynb #71a4c66e
 def reproduce(
-    figures=(),        # ids of figures; none: every chapter
+    figures=(),        # ids of figures; none: every lesson
     *,
     scale=None,        # "quick", "book" or "paper"; None: AGOP_BOOK_SCALE, else "quick"
     device=None,       # "auto", "cpu", "cuda" or "cuda:N"; None: AGOP_BOOK_DEVICE, else "auto"
@@ -138,10 +138,11 @@ def listing(
     out=None,          # folder for results, as in `reproduce`
     chapters_in=None,  # as in `reproduce`
 ) -> pd.DataFrame:     # chapter, title, figure, state
-    "Chapters, their figures and what is finished, without running anything."
+    "Lessons, their figures and what is finished, without running anything."
     out = Path(out or os.environ.get("AGOP_BOOK_OUT") or "agop_book_out")
     rows = []
     for c in chapters(chapters_in):
+        if not c.is_lesson: continue
         if not c.figures:
             rows.append((c.name, c.title, "", _chapter_state(c, out)))
         for id in c.figures:

@@ -146,10 +146,12 @@ print(plans[0], peak[0] - before)
     ],
 )
 def test_the_plan_is_what_the_process_takes(way, options, dtype):
+    "The smaller of two runs: once in some forty, memory that was given back is counted still."
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", MEASURE, way, options, dtype, "5000"]
     kept = dict(capture_output=True, text=True, timeout=120, check=True)
-    planned, taken = map(int, subprocess.run(command, env=env, **kept).stdout.split())
+    runs = [subprocess.run(command, env=env, **kept).stdout.split() for _ in range(2)]
+    planned, taken = min((tuple(map(int, run)) for run in runs), key=lambda run: run[1])
     assert taken > 8e7 and 0.9 * taken <= planned <= 1.3 * taken, (planned, taken)
 
 

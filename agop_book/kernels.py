@@ -17,10 +17,19 @@ import torch
 from .arrays import is_number, to_family
 from .memory import plan
 from .metrics import METRICS, apply_metric, check_metric, metric_kind
-from .points import COLUMNS, Points, blocks, check_rows, middle, squared_distances
+from .parameters import Nested
+from agop_book.points import (
+    COLUMNS,
+    Points,
+    blocks,
+    check_rows,
+    cosine_gaps,
+    middle,
+    squared_distances,
+)
 
 # %% ../nbs/01_kernels.ipynb #6d9d8134
-class Kernel(ABC):
+class Kernel(Nested, ABC):
     """k(x, z) between rows, heard through a matrix M. Subclasses are frozen dataclasses.
 
     It must define `tile` and, where it is `bilinear`, `complete`; where it is not, `gradient`.
@@ -107,9 +116,13 @@ class Radial(Kernel):
     def __post_init__(self):
         object.__setattr__(self, "bandwidth", _positive(self.bandwidth, "bandwidth"))
 
+    def distances(self, left: Points, right: Points):
+        "|x - z|_M `(n, m)`."
+        return squared_distances(left, right).sqrt_()
+
     def tile(self, left, right, slopes=False):
         "K and A such that grad_x k(x, z) = M (A z - A x); A is 0 where the slope diverges."
-        r = squared_distances(left, right).sqrt_()
+        r = self.distances(left, right)
         phi = self.phi(r)
         if not slopes: return phi, None
         return phi, self.slope(r, phi).neg_().nan_to_num_(0.0, 0.0, 0.0)
@@ -186,13 +199,6 @@ def _scaled(r, rate):
     return (r * _rate(rate, r)).clamp_(max=1000)
 
 # %% ../nbs/01_kernels.ipynb #b451d737
-def _gaps(left, right):
-    "1 - u and 1 + u `(n, m)` for cosines u of unit points, exact where those almost coincide."
-    v = squared_distances(left, right).div_(2).clamp_(max=2)
-    opposed = float(v.max()) > 2 - 1e-3
-    return v, squared_distances(left, -right).div_(2) if opposed else 2 - v
-
-
 def _sine_gap(theta, sine):
     "theta - sin(theta), by its series where that would cancel."
     square = theta * theta
@@ -215,7 +221,7 @@ class NTK(Kernel):
 
     def tile(self, left, right, slopes=False):
         "K and A = T'(u), without its singular part at coincident directions."
-        v, w = _gaps(left.unit(), right.unit())
+        v, w = cosine_gaps(left.unit(), right.unit())
         apart = v * w > 0
         T = 1 - v
         dT = torch.ones_like(v)
@@ -254,9 +260,13 @@ class L1Laplace(Kernel):
     def __post_init__(self):
         object.__setattr__(self, "bandwidth", _positive(self.bandwidth, "bandwidth"))
 
+    def distances(self, left: Points, right: Points):
+        "sum_j m_j |x_j - z_j| `(n, m)`."
+        return torch.cdist(left.xM, right.xM, p=1)
+
     def tile(self, left, right, slopes=False):
         "K, and None: its slopes are not a matrix."
-        r = torch.cdist(left.xM, right.xM, p=1)
+        r = self.distances(left, right)
         return r.mul_(_rate(-1 / self.bandwidth, r)).exp_(), None
 
     def gradient(self, left, right, coef):

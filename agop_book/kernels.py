@@ -17,7 +17,7 @@ import torch
 from .arrays import is_number, to_family
 from .memory import plan
 from .metrics import METRICS, apply_metric, check_metric, metric_kind
-from .parameters import Nested
+from .parameters import Nested, positive
 from agop_book.points import (
     COLUMNS,
     Points,
@@ -91,14 +91,6 @@ class Kernel(Nested, ABC):
         return to_family(out, x)
 
 # %% ../nbs/01_kernels.ipynb #111d2772
-def _positive(value, name, upper=math.inf):
-    "`value` as a float in (0, upper] whose square and inverse do not overflow; else ValueError."
-    if is_number(value) and 1e-150 <= value <= min(upper, 1e150): return float(value)
-    limit = "1e150" if upper == math.inf else f"{upper}"
-    raise ValueError(f"{name} must be a finite number above 0 (from 1e-150 to {limit}), "
-                     f"got {value!r}.")
-
-
 def _rate(value, r):
     "`value`, or the number next to it whose product with 0 is 0 in the precision of `r`."
     top = torch.finfo(r.dtype).max ** 0.5
@@ -114,7 +106,7 @@ class Radial(Kernel):
     stationary = True
 
     def __post_init__(self):
-        object.__setattr__(self, "bandwidth", _positive(self.bandwidth, "bandwidth"))
+        object.__setattr__(self, "bandwidth", positive(self.bandwidth, "bandwidth"))
 
     def distances(self, left: Points, right: Points):
         "|x - z|_M `(n, m)`."
@@ -160,7 +152,7 @@ class GeneralizedExponential(Radial):
 
     def __post_init__(self):
         super().__post_init__()
-        object.__setattr__(self, "exponent", _positive(self.exponent, "exponent", 2))
+        object.__setattr__(self, "exponent", positive(self.exponent, "exponent", 2))
 
     def phi(self, r):
         return (r * _rate(1 / self.bandwidth, r)).pow_(self.exponent).neg_().exp_()
@@ -258,7 +250,7 @@ class L1Laplace(Kernel):
     stationary = True
 
     def __post_init__(self):
-        object.__setattr__(self, "bandwidth", _positive(self.bandwidth, "bandwidth"))
+        object.__setattr__(self, "bandwidth", positive(self.bandwidth, "bandwidth"))
 
     def distances(self, left: Points, right: Points):
         "sum_j m_j |x_j - z_j| `(n, m)`."

@@ -75,9 +75,14 @@ class BaseRFM(Saved, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         "Data as rows that scikit-learn can check."
         return as_real(X, "X")
 
+    def _finite(self):
+        "What scikit-learn is to refuse in X: True is NaN and infinity."
+        return True
+
     def _valid(self, X):
         "Checked rows of data that a fitted model is asked about."
-        return validate_data(self, self._rows(X), reset=False, dtype=[np.float64, np.float32])
+        return validate_data(self, self._rows(X), reset=False, dtype=[np.float64, np.float32],
+                             ensure_all_finite=self._finite())
 
     def _going_on(self):
         "What an earlier fit leaves to go on from; None: every fit starts afresh."
@@ -101,23 +106,30 @@ class BaseRFM(Saved, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         interrupted fit keeps its finished rounds before it lets KeyboardInterrupt through. Raises
         ValueError for bad input, MemoryError when X has too many rows."""
         check_parameters(self, self._rules)
-        device = pick_device(self.device)
         going_on = self._going_on() if M is None else None
+        self._fit_rows(*self._check_fit(X, y), X_val, y_val, M, going_on)
+        return self
+
+    def _fit_rows(self, X, y, X_val, y_val, M, going_on):
+        "`fit` to checked rows `X` and targets or class numbers `y`."
+        device = pick_device(self.device)
         data = self._data(X, y, X_val, y_val, device)
         X, Y = (self._send(data.X, data.X.dtype, device), send(data.Y, data.X.dtype, device))
         M, earlier = self._start(M, going_on, X)
         self._learn(X, Y, self._choice(data, device), M, earlier)
-        return self
 
     def _data(self, X, y, X_val, y_val, device):
-        "Checked `Data`, after the plan of memory. Forgets an earlier fit."
-        X, y = self._check_fit(X, y)
+        "`Data`, after the plan of memory. Forgets an earlier fit."
         held_out = int(len(X) * (self.validation_fraction or 0))
         self._plan(X, self._n_outputs(y), device, held_out if X_val is None else len(X_val))
         found = self._split(X, self._encode(y, X.dtype), y, X_val, y_val)
+        self._forget()
+        return found
+
+    def _forget(self):
+        "Drop what an earlier fit has left."
         for name in ("machine_", "machines_", "M_", "dual_coef_", "history_", "best_round_"):
             vars(self).pop(name, None)
-        return found
 
     def _split(self, X, Y, y, X_val, y_val):
         "Training and validation rows: the given ones, a part held out, or none."
@@ -130,8 +142,8 @@ class BaseRFM(Saved, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         elif self.validation_fraction is not None:
             X, X_val, Y, _, _, y_val = train_test_split(
                 X, Y, y, test_size=self.validation_fraction, random_state=self.random_state)
-        elif np.size(self.reg) > 1:
-            raise ValueError(f"reg={self.reg!r} holds {np.size(self.reg)} ridges to choose from; "
+        elif len(self._regs()) > 1:
+            raise ValueError(f"reg={self.reg!r} holds {len(self._regs())} ridges to choose from; "
                              "that takes X_val and y_val, or validation_fraction.")
         if isinstance(self, RegressorMixin) and X_val is not None and len(X_val) < 2:
             raise ValueError(f"X_val (or validation_fraction={self.validation_fraction}) holds one "

@@ -11,6 +11,7 @@ import warnings
 
 import numpy as np
 import torch
+from sklearn.base import RegressorMixin
 from sklearn.utils.validation import check_is_fitted
 
 from .arrays import to_family
@@ -20,7 +21,7 @@ from .machines import KernelMachine
 from .matrices import matrix_power
 from .metrics import apply_metric, check_metric
 from .modelfiles import kernel_from_header, kernel_to_header
-from .parameters import Rule, flag, number, one_of, several
+from .parameters import Rule, flag, number, one_of, or_auto, several
 from .solvers import SOLVERS
 from .structures import STRUCTURES
 
@@ -33,20 +34,29 @@ def _kernels():
     return f"a Kernel or one of {sorted(KERNELS)}"
 
 
+def _is_metric(value):
+    return value in STRUCTURES
+
+
+def _metrics():
+    return f"one of {', '.join(map(repr, STRUCTURES))}"
+
+
 RULES = {
-    "kernel": Rule(_is_kernel, _kernels),
-    "bandwidth": number(1e-150, 1e150, "a finite number above 0 (from 1e-150 to 1e150), "
-                        "in the units of distances between rows"),
+    "kernel": or_auto(Rule(_is_kernel, _kernels)),
+    "bandwidth": or_auto(several(number(
+        1e-150, 1e150, "a finite number above 0 (from 1e-150 to 1e150), in the units of distances "
+        "between rows"))),
     "n_iter": number(0, 10**6, "an integer from 0 to 1,000,000", numbers.Integral),
-    "reg": several(number(0, 1e30, "a finite number of at least 0 and at most 1e30")),
+    "reg": or_auto(several(number(0, 1e30, "a finite number of at least 0 and at most 1e30"))),
     "diag": flag(),
-    "center": flag(),
+    "center": or_auto(flag()),
     "validation_fraction": number(np.nextafter(0, 1), np.nextafter(1, 0),
                                   "None or a number between 0 and 1", none=True),
     "memory_limit": number(np.nextafter(0, 1), np.inf, "None or a number of bytes above 0",
                            none=True),
     "solver": one_of(SOLVERS),
-    "metric": one_of(STRUCTURES),
+    "metric": or_auto(several(Rule(_is_metric, _metrics))),
     "channels": number(1, 2**31, "None or an integer of at least 1: the maps in a row",
                        numbers.Integral, none=True),
 }
@@ -60,9 +70,9 @@ class KernelRFM(BaseRFM):
     def _kernel(self, d):
         "The kernel, for rows of `d` features."
         if isinstance(self.kernel, Kernel): return self.kernel
-        cls = KERNELS[self.kernel]
-        wants_bandwidth = "bandwidth" in cls.__dataclass_fields__
-        return cls(self.bandwidth) if wants_bandwidth else cls()
+        cls = KERNELS["laplace" if self.kernel == "auto" else self.kernel]
+        if "bandwidth" not in cls.__dataclass_fields__: return cls()
+        return cls(10.0 if self.bandwidth == "auto" else self.bandwidth)
 
     def _structure(self, d):
         "What is kept of the AGOP, for rows of `d` features."
@@ -71,8 +81,8 @@ class KernelRFM(BaseRFM):
 
     def _metric(self):
         "`metric`, with `diag` as a synonym of 'diag'."
-        if not self.diag: return self.metric
-        if self.metric in ("full", "diag"): return "diag"
+        if not self.diag: return "full" if self.metric == "auto" else self.metric
+        if self.metric in ("auto", "full", "diag"): return "diag"
         raise ValueError(f"diag=True and metric={self.metric!r} contradict each other; "
                          "pass one of them.")
 
@@ -92,16 +102,31 @@ class KernelRFM(BaseRFM):
                              "one size.")
 
     def _plan(self, X, c, device, n_val):
-        n, d = X.shape
+        n, d = len(X), self._columns(X)
         self._check_structure(d)
         itemsize = 4 if device.type == "cuda" else X.itemsize
         SOLVERS[self.solver].plan(n, d, c * len(self._regs()), itemsize, self._limit(device),
                                   self._structure(d), self.n_iter)
 
+    def _columns(self, X):
+        "How many columns the kernel sees of rows `X`."
+        return X.shape[1]
+
+    def _regs(self):
+        return [1e-3] if isinstance(self.reg, str) else super()._regs()
+
+    def _centers(self):
+        "Whether the mean gradient is taken out."
+        return isinstance(self, RegressorMixin) if self.center == "auto" else bool(self.center)
+
+    def _weights(self):
+        "Weights of the training rows; None: 1 each."
+        return None
+
     def _solver(self, X, Y):
         d = X.shape[1]
         return SOLVERS[self.solver](self._kernel(d), X, Y, self._regs(), self._structure(d),
-                                    bool(self.center))
+                                    self._centers(), self._weights())
 
     def _identity(self, X):
         return self._structure(X.shape[1]).identity(X)
@@ -142,17 +167,17 @@ class KernelRFM(BaseRFM):
         "The learned features x M^(1/2), `(m, d)`: their Euclidean distances are the machine's."
         check_is_fitted(self, "machine_")
         rows = self._valid(X)
+        x = self._send(rows, np.promote_types(rows.dtype, self.M_.dtype), torch.device("cpu"))
         root = torch.as_tensor(matrix_power(self.M_, 0.5))
-        root = self._structure(rows.shape[1]).on_rows(root)
-        x = torch.from_numpy(np.array(rows, np.promote_types(rows.dtype, self.M_.dtype)))
+        root = self._structure(x.shape[1]).on_rows(root)
         return to_family(apply_metric(x, root).numpy().astype(rows.dtype, copy=False), X)
 
     # --- files
 
     def _header(self):
-        params = {**self.get_params(deep=False), "random_state": None, "reg": _plain(self.reg)}
-        if "kernel" in params:
-            params["kernel"] = kernel_to_header(self.kernel)
+        params = {**self.get_params(deep=False), "random_state": None,
+                  "kernel": kernel_to_header(self.kernel)}
+        params |= {name: _plain(params[name]) for name in ("bandwidth", "reg", "metric")}
         return {"params": params, "kernel": kernel_to_header(self.machine_.kernel)}
 
     @classmethod
@@ -165,6 +190,6 @@ class KernelRFM(BaseRFM):
         return model, KernelMachine(kernel, arrays["centers"], arrays["coef"], M)
 
 
-def _plain(reg):
-    "A ridge, or ridges, as JSON holds them."
-    return np.ravel(reg).tolist() if np.ndim(reg) else reg
+def _plain(value):
+    "One value or a list of values, as JSON holds them."
+    return np.ravel(value).tolist() if np.ndim(value) else value

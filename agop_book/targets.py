@@ -21,13 +21,14 @@ _FLOATS = [np.float64, np.float32]
 class Regression(RegressorMixin):
     """Targets `(n,)` or `(n, c)`.
 
-    Comes first among the bases; another one gives `_rows`, `_valid` and `_outputs`."""
+    Comes first among the bases; another one gives `_rows`, `_valid`, `_finite`, `_outputs`."""
 
     def _check_fit(self, X, y):
         "Checked rows and targets of a fit; notes whether the targets came as one column."
         y = as_real(y, "y")
         X, y = validate_data(self, self._rows(X, True), y, dtype=_FLOATS, multi_output=True,
-                             y_numeric=True, ensure_min_samples=2)
+                             y_numeric=True, ensure_min_samples=2,
+                             ensure_all_finite=self._finite())
         self._flat = y.ndim == 1
         return X, y.astype(X.dtype)
 
@@ -47,10 +48,10 @@ class Regression(RegressorMixin):
         "What the machine is fitted to, `(n, c)`."
         return y.reshape(len(y), -1)
 
-    def _score(self, y, f):
+    def _score(self, y, f, weights=None):
         "R2 of outputs `f` `(m, c)`."
         y = np.asarray(as_real(y)).reshape(len(f), -1)
-        return float(r2_score(y, as_real(f)))
+        return float(r2_score(y, as_real(f), sample_weight=weights))
 
     def _shape(self, values):
         "Outputs `(m, c)` in the shape of the targets."
@@ -87,7 +88,8 @@ class Classification(ClassifierMixin):
         "Checked rows and class numbers of a fit; sets `classes_`."
         y = as_real(y, "y", dates=True)
         _refuse_missing(y)
-        X, y = validate_data(self, self._rows(X, True), y, dtype=_FLOATS, ensure_min_samples=2)
+        X, y = validate_data(self, self._rows(X, True), y, dtype=_FLOATS, ensure_min_samples=2,
+                             ensure_all_finite=self._finite())
         check_classification_targets(y)
         try:
             self.classes_, y = np.unique(y, return_inverse=True)
@@ -123,10 +125,11 @@ class Classification(ClassifierMixin):
         Y[np.arange(len(y)), y] = 1
         return Y
 
-    def _score(self, y, f):
+    def _score(self, y, f, weights=None):
         "Accuracy of outputs `f` `(m, classes)`; `y` are class numbers or one-hot rows."
         y = as_real(y)
-        return float(accuracy_score(y.argmax(1) if y.ndim == 2 else y, as_real(f).argmax(1)))
+        y = y.argmax(1) if y.ndim == 2 else y
+        return float(accuracy_score(y, as_real(f).argmax(1), sample_weight=weights))
 
     def _shape(self, values):
         "One column per class, always."

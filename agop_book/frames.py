@@ -170,6 +170,10 @@ class FrameEncoder:
         _refuse_infinite(rows, table.columns if in_frame else range(rows.shape[1]))
         return pd.DataFrame(rows, table.index, table.columns) if in_frame else rows
 
+    def fit_transform(self, X):
+        "`fit`, then `transform`."
+        return self.fit(X).transform(X)
+
     def _expects(self, table):
         "Whether names and number of columns are those of the fit."
         if not _is_table(table) or self.categorical_ is None: return False

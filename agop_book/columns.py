@@ -182,5 +182,4 @@ def whole_codes(X,             # floats `(n, d)`; a missing number is NaN
 
 def _are_whole(X):
     "Which entries are whole numbers or missing."
-    with np.errstate(invalid="ignore"):   # infinity is no code
-        return (X - np.floor(X) == 0) | np.isnan(X)
+    return np.isfinite(X) & (np.floor(X) == X) | np.isnan(X)

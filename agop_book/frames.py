@@ -67,15 +67,24 @@ def _is_plain(dtype):
     return isinstance(dtype, np.dtype) and dtype.kind in "biuf"
 
 
-def _column(table, j):
-    "Name and values of a column of a frame or an array."
-    if isinstance(table, pd.DataFrame): return table.columns[j], table.iloc[:, j]
-    return j, table[:, j]
+def _columns(table, chosen):
+    "Columns of a frame or an array."
+    return table.iloc[:, chosen] if isinstance(table, pd.DataFrame) else table[:, chosen]
+
+
+def _names(table):
+    "The names of the columns of a frame, their places in an array."
+    return table.columns.tolist() if isinstance(table, pd.DataFrame) else list(range(table.shape[1]))
+
+
+def _dtypes(table):
+    "The dtype of each column of a frame or an array."
+    if isinstance(table, pd.DataFrame): return table.dtypes.tolist()
+    return [table.dtype] * table.shape[1]
 
 
 def _first_string(column):
     "The first word in a column; None where there is none."
-    if _is_plain(column.dtype): return None
     in_category = isinstance(column.dtype, pd.CategoricalDtype)
     values = column.cat.categories if in_category else column
     return next((v for v in values if isinstance(v, (str, bytes))), None)
@@ -83,7 +92,7 @@ def _first_string(column):
 
 def _refuse_strings(columns, in_frame):
     "ValueError that names the columns with words, one of the words, and what to do."
-    found = {name: _first_string(column) for _, name, column in columns}
+    found = {name: _first_string(column) for name, column in columns}
     found = {name: value for name, value in found.items() if value is not None}
     if not found: return
     first, value = next(iter(found.items()))
@@ -152,7 +161,7 @@ class FrameEncoder:
             self.names_ = names if all(isinstance(name, str) for name in names) else None
         self.categorical_ = categorical_mask(table, self.categorical_features)
         for j in np.flatnonzero(self.categorical_).tolist():
-            column = pd.Series(_column(table, j)[1]).astype("category")
+            column = pd.Series(_columns(table, j)).astype("category")
             self.categories_[j] = column.cat.remove_unused_categories().cat.categories.tolist()
         return self
 
@@ -163,11 +172,11 @@ class FrameEncoder:
         for infinity, TypeError for dates and what else is no number."""
         table = _table(X)
         if not self._expects(table): return X
-        in_frame = isinstance(table, pd.DataFrame)
-        numbers = [(j, *_column(table, j)) for j in np.flatnonzero(~self.categorical_).tolist()]
-        _refuse_strings(numbers, in_frame)
-        rows = self._encoded(table, numbers)
-        _refuse_infinite(rows, table.columns if in_frame else range(rows.shape[1]))
+        in_frame, names = isinstance(table, pd.DataFrame), _names(table)
+        odd = [j for j, dtype in self._numbers(table) if not _is_plain(dtype)]
+        _refuse_strings([(names[j], _columns(table, j)) for j in odd], in_frame)
+        rows = self._encoded(table, odd) if in_frame or self.categories_ else table
+        _refuse_infinite(rows, names)
         return pd.DataFrame(rows, table.index, table.columns) if in_frame else rows
 
     def fit_transform(self, X):
@@ -181,17 +190,21 @@ class FrameEncoder:
         if named: return table.columns.tolist() == self.names_
         return table.shape[1] == len(self.categorical_)
 
-    def _encoded(self, table, numbers):
-        "The rows of a table that `_expects` took."
-        dtypes = [column.dtype for _, _, column in numbers]
-        if not self.categories_ and not isinstance(table, pd.DataFrame): return table
-        if not self.categories_ and all(map(_is_plain, dtypes)):
-            return table.to_numpy(dtype=_float_dtype(dtypes))
-        rows = np.empty(table.shape, dtype=_float_dtype(dtypes))
-        for j, name, column in numbers:
-            rows[:, j] = _as_numbers(column, name)
+    def _numbers(self, table):
+        "Places and dtypes of the columns that are no categories."
+        return [(j, dtype) for j, dtype in enumerate(_dtypes(table)) if not self.categorical_[j]]
+
+    def _encoded(self, table, odd):
+        "The rows of a table; the columns `odd` hold numbers in another dtype than numpy's."
+        names = _names(table)
+        rows = np.empty(table.shape, _float_dtype([dtype for _, dtype in self._numbers(table)]))
+        plain = ~self.categorical_
+        plain[odd] = False
+        rows[:, plain] = _columns(table, plain).astype(rows.dtype)
+        for j in odd:
+            rows[:, j] = _as_numbers(_columns(table, j), names[j])
         for j, values in self.categories_.items():
-            rows[:, j] = _codes(_column(table, j)[1], values)
+            rows[:, j] = _codes(_columns(table, j), values)
         return rows
 
     def to_state(self):
@@ -212,9 +225,10 @@ class FrameEncoder:
         "The fitted encoder of a state."
         self = cls(categorical_features)
         self.names_ = state["names"]
-        self.categorical_ = np.zeros(state["columns"], dtype=bool)
         self.categories_ = {j: values for j, values in state["categories"]}
-        self.categorical_[list(self.categories_)] = True
+        self.categorical_ = None
+        if state["columns"] is not None:
+            self.categorical_ = np.isin(np.arange(state["columns"]), list(self.categories_))
         return self
 
 

@@ -21,30 +21,41 @@ def blocks(length,       # how many columns or rows there are
 
 
 def weighted_quantiles(X,        # columns `(n, k)`; NaN is left out
-                       weights,  # `(n,)`, above 0; None: all the same
-                       levels    # between 0 and 1
+                       weights,  # `(n,)`, above 0; None: all 1
+                       levels,   # between 0 and 1
+                       margin=0  # the weight beyond the outer levels is no less, if it can
                        ) -> np.ndarray:   # `(len(levels), k)`; NaN for a column without values
-    "Quantiles of columns: those of `np.quantile(..., method='inverted_cdf')`."
+    """Quantiles of columns: those of `np.quantile(..., method='inverted_cdf')`.
+
+    The margin takes no more than a quarter of a column at either end."""
     found = np.full((len(levels), X.shape[1]), np.nan)
     for some in blocks(X.shape[1], len(X)):
-        found[:, some] = _quantiles(np.ascontiguousarray(X[:, some].T), weights, levels)
+        found[:, some] = _quantiles(np.ascontiguousarray(X[:, some].T), weights, levels, margin)
     return found
 
 
-def _quantiles(X, weights, levels):
+def _quantiles(X, weights, levels, margin):
     "Quantiles of rows `(k, n)`."
-    levels = np.asarray(levels) * (1 - 1e-12)   # sums of weights are the same but for rounding
     if weights is None:
         X = np.sort(X, axis=1)
         total = np.count_nonzero(~np.isnan(X), axis=1)
-        places = [np.maximum(np.ceil(level * total).astype(int) - 1, 0) for level in levels]
+        wanted = _weight_below(levels, total, margin)
+        places = np.maximum(np.ceil(wanted).astype(int) - 1, 0)
     else:
         order = np.argsort(X, axis=1)
         X = np.take_along_axis(X, order, axis=1)
         below = np.cumsum(np.where(np.isnan(X), 0, weights[order]), axis=1)
-        places = [np.sum(below < level * below[:, -1:], axis=1) for level in levels]
+        wanted = _weight_below(levels, below[:, -1], margin)
+        places = [np.sum(below < weight[:, None], axis=1) for weight in wanted]
     rows = np.arange(len(X))
     return np.array([X[rows, place] for place in places])
+
+
+def _weight_below(levels, total, margin):
+    "The weight `(len(levels), k)` up to each quantile."
+    least = np.minimum(margin, total / 4)
+    wanted = np.clip(np.outer(levels, total), least, total - least)
+    return wanted * (1 - 1e-12)   # sums of weights are the same but for rounding
 
 
 def weighted_means(X,        # columns `(n, k)`; NaN is left out
@@ -103,7 +114,7 @@ def winsorised(X,       # `(n, k)`, columns that vary; NaN is left out
                weights  # `(n,)`, above 0; None: all the same
                ) -> Score:
     "(x - mean) / std, both of the values winsorised at 1 % and 99 %, softly held within 8."
-    low, high = weighted_quantiles(X, weights, (0.01, 0.99))
+    low, high = weighted_quantiles(X, weights, (0.01, 0.99), margin=1.5)
     width = high - low
     single = np.flatnonzero(width == 0)
     centre, spread = low.copy(), width.copy()

@@ -6,9 +6,11 @@
 __all__ = ['MapRFMRegressor', 'MapRFMClassifier']
 
 # %% ../nbs/workshop/maprfm.ipynb #9b2c6aa2
+from dataclasses import replace
+
 import torch
 
-from .kernelrfm import RULES, KernelRFM
+from .kernelrfm import BANDWIDTHS, RULES, KernelRFM
 from .kernels import Kernel
 from .matrices import matrix_power
 from .metrics import apply_metric
@@ -22,7 +24,9 @@ class _MapRFM(KernelRFM):
     diag = False
     solver = "cholesky"
     warm_start = False
-    _rules = {**RULES, "metric": one_of(("diag", "shared", "separable"))}
+    categorical_features = None
+    refit = False
+    _rules = {**RULES, "metric": one_of(("diag", "shared", "separable")), "bandwidth": BANDWIDTHS}
 
     def __init__(self, metric="diag", channels=None, kernel="laplace", bandwidth=1.0, n_iter=3,
                  reg=1e-3, center=False, validation_fraction=None, memory_limit=None,
@@ -40,10 +44,10 @@ class _MapRFM(KernelRFM):
         self.random_state = random_state
         self.device = device
 
-    def _kernel(self, d):
-        kernel = super()._kernel(d)
-        if isinstance(self.kernel, Kernel) or not hasattr(kernel, "bandwidth"): return kernel
-        return type(kernel)(float(self.bandwidth) * d**0.5)
+    def _kernels(self, d):
+        kernels = super()._kernels(d)
+        own = isinstance(self.kernel, Kernel) or not hasattr(kernels[0], "bandwidth")
+        return kernels if own else [replace(k, bandwidth=k.bandwidth * d**0.5) for k in kernels]
 
     def _header(self):
         return {**super()._header(), "coordinates": "X"}

@@ -7,6 +7,7 @@ __all__ = ['RFMDisplay']
 
 # %% ../nbs/workshop/displays.ipynb #9138e424
 import math
+import numbers
 
 import numpy as np
 import pandas as pd
@@ -74,8 +75,10 @@ def _interactions(model, X, options):
 
 
 def _rounds(model, X, options):
-    check_is_fitted(model, "history_")
-    return model.history_, {"best": getattr(model, "best_round_", None)}
+    if not hasattr(model, "history_"):
+        feature_names(model)      # raises what is wrong with it
+    score = "accuracy" if is_classifier(model) else "R²"
+    return model.history_, {"best": getattr(model, "best_round_", None), "score": score}
 
 
 def _row(model, X, options):
@@ -90,15 +93,16 @@ def _row(model, X, options):
     table = pd.DataFrame({"feature": feature_names(model), "value": _values(x), "effect": effects})
     end, gap = float(outputs[which]), float(gap[which])
     start = end - gap - float(effects.sum())
-    return table, {"what": what, "start": start, "end": end, "gap": gap}
+    unit = "decision function" if is_classifier(model) else "units of the target"
+    return table, {"what": what, "start": start, "end": end, "gap": gap, "unit": unit}
 
 
 def _chosen(X, row):
     "One row of data as data with one row."
     if X is None: raise ValueError("kind='row' explains a row of X: pass X.")
     count = X.shape[0] if hasattr(X, "shape") else len(X)
-    if not is_number(row) or row != int(row) or not -count <= row < count:
-        raise ValueError(f"row={row!r}: X has rows 0 to {count - 1}.")
+    if not is_number(row, numbers.Integral) or not -count <= row < count:
+        raise ValueError(f"row={row!r}: pass a whole number from 0 to {count - 1}, a row of X.")
     row = int(row) % count
     return X.iloc[row:row + 1] if hasattr(X, "iloc") else X[row:row + 1]
 
@@ -112,15 +116,16 @@ def _values(x):
 def _output(model, x, output, count):
     "Which output is explained, and what to call it."
     classes = getattr(model, "classes_", None)
-    if count == 1:
-        return 0, "prediction" if classes is None else f"score of {classes[1]} over {classes[0]}"
-    known = list(range(count)) if classes is None else classes.tolist()
+    known = list(range(count)) if classes is None else classes.tolist()[-count:]
     if output is None:
-        output = known[0] if classes is None else model.predict(x)[0]
+        sole = classes is None or count == 1
+        output = known[0] if sole else model.predict(x)[0]
     if output not in known:
         raise ValueError(f"output={output!r}: choose one of {known}.")
-    word = "output" if classes is None else "score of"
-    return known.index(output), f"{word} {output}"
+    if count > 1:
+        return known.index(output), f"{'output' if classes is None else 'score of'} {output}"
+    if classes is None: return 0, "prediction"
+    return 0, f"score of {' over '.join(map(str, classes[::-1]))}"
 
 # %% ../nbs/workshop/displays.ipynb #eb2116a5
 _UP = "#0072B2"
@@ -150,7 +155,8 @@ def _draw_importances(ax, table, facts, top):
 
 def _draw_interactions(ax, table, facts, top):
     shown = table[:top]
-    labels = [f"{_short(a, 15)} × {_short(b, 15)}" for a, b in zip(shown["feature"], shown["other"])]
+    pairs = zip(shown["feature"], shown["other"])
+    labels = [f"{_short(one, 15)} × {_short(other, 15)}" for one, other in pairs]
     ax.barh(range(len(shown)), shown["strength"], color=_UP, height=0.7)
     _label_bars(ax, labels)
     ax.set_xlim(0, None)
@@ -160,29 +166,28 @@ def _draw_interactions(ax, table, facts, top):
 def _draw_directions(ax, table, facts, top):
     heaviest = np.argsort(-(table**2 @ facts["shares"]).to_numpy(), kind="stable")[:top]
     shown = table.iloc[heaviest]
-    picture = ax.imshow(shown, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
+    ax.imshow(shown, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
     for (i, j), value in np.ndenumerate(shown.to_numpy()):
         colour = "white" if abs(value) > 0.6 else "black"
-        _write(ax, j, i, _number(round(value, 2) + 0.0), ha="center", va="center", color=colour, size=9)
+        _write(ax, j, i, _number(value, 2), ha="center", va="center", color=colour, size=9)
     _label_bars(ax, [_short(name) for name in shown.index])
     ax.set_ylim(len(shown) - 0.5, -0.5)
     shares = [f"{name}\n{share:.0%}" for name, share in zip(table.columns, facts["shares"])]
     ax.set_xticks(range(len(shares)), shares)
     ax.set_xlabel("direction, and its share of the AGOP", loc="right")
     ax.grid(False)
-    return picture
 
 
 def _draw_rounds(ax, table, facts, top):
     best = facts["best"]
     for column, label, colour in (("train_score", "training rows", _REST),
                                   ("val_score", "validation rows", _UP)):
-        scores = table[column].astype(float)
+        scores = table.get(column, pd.Series(dtype=float)).astype(float)
         if scores.notna().any():
             ax.plot(table["round"], scores, "o-", color=colour, label=label)
     if best is not None:
         ax.axvline(best, color=_DOWN, linestyle="--", linewidth=1.2, label="kept")
-    ax.set(xlabel="round", ylabel="score")
+    ax.set(xlabel="round", ylabel=facts["score"])
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
 
@@ -204,6 +209,7 @@ def _draw_row(ax, table, facts, top):
     labels = ["mean row", *labels, _short(facts["what"])]
     _waterfall(ax, np.array(steps), colours, facts["start"], facts["end"])
     _label_bars(ax, labels)
+    ax.set_xlabel(facts["unit"], loc="right")
 
 
 def _waterfall(ax, steps, colours, start, end):
@@ -264,7 +270,10 @@ class RFMDisplay:
         table, facts = _KINDS[kind][0](estimator, X, options)
         return cls(kind=kind, table=table, facts=facts).plot(ax, top=top)
 
-    def plot(self, ax=None, *, top=10):
+    def plot(self,
+             ax=None,     # matplotlib axes; None: a new figure
+             *,
+             top=10):     # bars at most
         "Draw at most `top` bars on matplotlib axes (None: a new figure); returns the display."
         top = check_count(top, "top")
         with extra("book"):

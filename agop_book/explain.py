@@ -118,9 +118,6 @@ def additivity_gap(model,             # a fitted RFM
     change = model.machine_(Z) - model.machine_(reference[None])
     return to_family(_decided(model, change), X) - effects.sum(-1)
 
-# %% ../nbs/workshop/explain.ipynb #72379679
-# INSERT-DEMO-ROW
-
 # %% ../nbs/workshop/explain.ipynb #59b6a04c
 def feature_importances(model    # a fitted RFM
                         ) -> np.ndarray:
@@ -168,9 +165,6 @@ def _several(model):
         found[j] = columns, covariance - torch.diag(covariance.diagonal())
     return found
 
-# %% ../nbs/workshop/explain.ipynb #d956fc27
-# INSERT-DEMO-IMPORTANCES
-
 # %% ../nbs/workshop/explain.ipynb #ab892a27
 class Directions(NamedTuple):
     "The leading directions of a machine, for standardised columns of its design."
@@ -216,8 +210,6 @@ def _agop(model, columns=slice(None), center=False):
         mean = mean + (w * J).sum(0)
     return total - mean.T @ mean if center else total
 
-# INSERT-DEMO-DIRECTIONS
-
 # %% ../nbs/workshop/explain.ipynb #418ee197
 def interactions(model,                     # a fitted RFM
                  by: str = "differences",   # "differences" of predictions, or "agop"
@@ -228,9 +220,9 @@ def interactions(model,                     # a fitted RFM
     """Pairs of features that act together: columns feature, other, strength; strongest first.
 
     By "differences" strength is the share of the outputs' variance that needs both features. By
-    "agop" it is the off-diagonal of the centred AGOP over its trace: cheaper, but blind to x1 x2,
-    and correlated features look like a pair. Raises ValueError for one feature or for what cannot
-    be counted, NotFittedError, MemoryError."""
+    "agop" it is the off-diagonal of the centred AGOP over its trace: cheaper, but blind to x1 x2.
+    Correlated features can look like a pair to both. Raises ValueError for one feature or for
+    what cannot be counted, NotFittedError, MemoryError."""
     importances = feature_importances(model)
     if len(importances) < 2:
         raise ValueError("interactions need at least two features; this model has one.")
@@ -275,5 +267,3 @@ def _mixed_differences(model, features, rows, random_state):
     variance = float((w @ (every - w @ every).square()).sum()) or 1.0
     return {(i, j): float((moved(i, j) - one[i] - one[j] + f).square().sum(1).mean()) / 4 / variance
             for i, j in combinations(features, 2)}
-
-# INSERT-DEMO-INTERACTIONS

@@ -51,6 +51,7 @@ def _label_bars(ax, labels):
         text.label1.set(parse_math=False, usetex=False)
     ax.set_ylim(len(labels) - 0.4, -0.6)
     ax.tick_params("y", length=0)
+    ax.grid(False, axis="y")
 
 
 def _write(ax, x, y, text, **how):
@@ -189,7 +190,7 @@ def _draw_rounds(ax, table, facts, top):
         ax.axvline(best, color=_DOWN, linestyle="--", linewidth=1.2, label="kept")
     ax.set(xlabel="round", ylabel=facts["score"])
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
+    ax.legend(loc="best", framealpha=0.8)
 
 
 def _draw_row(ax, table, facts, top):
@@ -290,5 +291,3 @@ class RFMDisplay:
         if self.kind == "rounds": return 2.6
         around = 3 if self.kind == "row" else 0
         return 0.9 + 0.28 * (min(top + 1, len(self.table)) + around)
-
-# DEMO

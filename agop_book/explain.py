@@ -45,7 +45,7 @@ def _check(model):
 
 def _tensor(model, values):
     "An array about the design as a tensor where the machine is."
-    return torch.as_tensor(np.asarray(values)).to(model.machine_.centers)
+    return torch.from_numpy(np.array(values)).to(model.machine_.centers)
 
 
 def _groups(model):

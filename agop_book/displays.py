@@ -12,7 +12,6 @@ import numbers
 import numpy as np
 import pandas as pd
 from sklearn.base import is_classifier
-from sklearn.utils.validation import check_is_fitted
 
 from .arrays import check_count, is_number
 from .explain import additivity_gap, directions, explain, feature_importances
@@ -66,6 +65,7 @@ def _importances(model, X, options):
 
 
 def _directions(model, X, options):
+    feature_names(model)      # raises before the design is looked at
     found = directions(model, min(options["k"], len(model.design_.names_)))
     table = found.vectors.T.rename_axis("column")
     return table, {"shares": found.shares}
@@ -83,7 +83,7 @@ def _rounds(model, X, options):
 
 
 def _row(model, X, options):
-    check_is_fitted(model, "machine_")
+    names = feature_names(model)
     x = _chosen(X, options["row"])
     effects = explain(model, x, options["steps"])
     gap = np.ravel(additivity_gap(model, x, options["steps"]))
@@ -91,7 +91,7 @@ def _row(model, X, options):
     outputs = np.ravel(decide(x))
     which, what = _output(model, x, options["output"], len(outputs))
     effects = np.reshape(effects, (len(outputs), -1))[which]
-    table = pd.DataFrame({"feature": feature_names(model), "value": _values(x), "effect": effects})
+    table = pd.DataFrame({"feature": names, "value": _values(x), "effect": effects})
     end, gap = float(outputs[which]), float(gap[which])
     start = end - gap - float(effects.sum())
     unit = "decision function" if is_classifier(model) else "units of the target"
@@ -105,7 +105,8 @@ def _chosen(X, row):
     if not is_number(row, numbers.Integral) or not -count <= row < count:
         raise ValueError(f"row={row!r}: pass a whole number from 0 to {count - 1}, a row of X.")
     row = int(row) % count
-    return X.iloc[row:row + 1] if hasattr(X, "iloc") else X[row:row + 1]
+    x = X.iloc[row:row + 1] if hasattr(X, "iloc") else X[row:row + 1]
+    return x.detach().cpu().numpy() if hasattr(x, "detach") else x
 
 
 def _values(x):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Way', 'Trial', 'Found', 'ways', 'Search', 'squared_error']
 
-# %% ../nbs/workshop/choices.ipynb #0834e297
+# %% ../nbs/workshop/choices.ipynb #25f461bd
 import time
 from dataclasses import dataclass, field
 from typing import Callable, NamedTuple
@@ -16,7 +16,7 @@ from .crossfit import RIDGES, CrossFit, LeftOut
 from .kernels import KERNELS, Kernel
 from .solvers import rounds
 
-# %% ../nbs/workshop/choices.ipynb #fd94bb92
+# %% ../nbs/workshop/choices.ipynb #2c958865
 class Way(NamedTuple):
     "How distances are measured: a kernel, and what is kept of M."
     kernel: Kernel   # its bandwidth counts typical distances, or distances
@@ -39,11 +39,11 @@ class Found(NamedTuple):
     left_out: LeftOut
     loss: float       # squared error at left-out rows, outputs summed
 
-# %% ../nbs/workshop/choices.ipynb #43bec9a3
+# %% ../nbs/workshop/choices.ipynb #05bf8b90
 _L1_AT_MOST = 400   # columns times outputs: l1 distances and slopes take no matrix product
 _FULL_AT_MOST = 1000   # columns: beyond, eigenvectors of M cost more than they have brought
 
-# %% ../nbs/workshop/choices.ipynb #5713e474
+# %% ../nbs/workshop/choices.ipynb #e290c868
 def ways(kernel: str,         # a name in `KERNELS`, or "auto"
          metrics: list,       # of "full" and "diag", those that may be taken
          p: int,              # columns
@@ -69,10 +69,10 @@ def _ways(name):
         pairs = [(wide, "diag"), (narrow, "diag"), (wide, "full")]
     return [(k, metric) for k, metric in pairs if metric in k.metrics]
 
-# %% ../nbs/workshop/choices.ipynb #6ea448e3
+# %% ../nbs/workshop/choices.ipynb #90637f35
 _PATIENCE = 2    # rounds without a better one before a walk ends
 
-# %% ../nbs/workshop/choices.ipynb #0c51f962
+# %% ../nbs/workshop/choices.ipynb #23dee7ab
 @dataclass
 class Search:
     "Tries ways on left-out rows; `best` is the `Found` of least loss, `rows` a dict for each fit."
@@ -147,7 +147,7 @@ def squared_error(left_out: LeftOut    # outputs where they were not learned
     off = (left_out.outputs - left_out.Y).square().sum(1)
     return float(left_out.weights @ off / left_out.weights.sum())
 
-# %% ../nbs/workshop/choices.ipynb #61be4a1b
+# %% ../nbs/workshop/choices.ipynb #ec91ea1e
 def _least_loss(fits):
     "The fit with the least loss; its score is minus that."
     scored = [fit._replace(score=-squared_error(fit.fitted)) for fit in fits]

@@ -12,7 +12,7 @@ from .scales import SCALES, blocks, bounded
 
 # %% ../nbs/workshop/columns.ipynb #29a31699
 class Numbers:
-    "Standardised scores of columns of numbers; 0 where one is missing."
+    "Standardised scores of columns of numbers (plain ones in units); 0 where one is missing."
 
     def __init__(self, columns, scale, mean, std):
         self.columns = np.asarray(columns, int)   # of the table, `(k,)`
@@ -25,6 +25,7 @@ class Numbers:
         "Scores of the kind `kind` for `columns` of `X`, each of which varies."
         X = bounded(X[:, columns])
         scale = SCALES[kind](X, weights)
+        if kind == "plain": return cls(columns, scale, *np.outer([0, 1], np.ones(len(columns))))
         mean, square = _moments(X, weights, scale)
         # no digits are lost: centre or mean are near 0, so the square is the larger by far
         return cls(columns, scale, mean, np.sqrt(square - mean**2))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RIDGES', 'typical_distance', 'adapted', 'unit_metric', 'LeftOut', 'CrossFit']
 
-# %% ../nbs/workshop/crossfit.ipynb #9ca96c52
+# %% ../nbs/workshop/crossfit.ipynb #acea4ae3
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,11 +18,11 @@ from .points import Points
 from .solvers import Fit
 from .structures import Full
 
-# %% ../nbs/workshop/crossfit.ipynb #1719298a
+# %% ../nbs/workshop/crossfit.ipynb #9d66ac7a
 _PAIRS = 700   # rows between which distances are taken: half a million pairs, a few milliseconds
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)   # k(x, x) is 1: from hardly any to all smoothing
 
-# %% ../nbs/workshop/crossfit.ipynb #fd3ecfa6
+# %% ../nbs/workshop/crossfit.ipynb #f95ceaf1
 def typical_distance(kernel: Kernel,    # with a bandwidth
                      points: Points     # rows
                      ) -> float:        # 1 where all rows coincide
@@ -48,7 +48,7 @@ def unit_metric(M: torch.Tensor   # (p,) or (p, p)
     if largest > 0: return M / largest
     return torch.ones_like(M) if M.ndim == 1 else torch.eye(len(M), dtype=M.dtype, device=M.device)
 
-# %% ../nbs/workshop/crossfit.ipynb #88565b1a
+# %% ../nbs/workshop/crossfit.ipynb #0d49f80c
 class _Fold:
     "One fold: its rows, and the kernel between them for the current M."
 
@@ -101,7 +101,7 @@ class _Fold:
             J = self.kernel.complete(P, slopes[:, c], fitted[:, c], self.points)
             yield apply_metric(J, self.points.M)
 
-# %% ../nbs/workshop/crossfit.ipynb #20d8f14f
+# %% ../nbs/workshop/crossfit.ipynb #627bd5a8
 class LeftOut(NamedTuple):
     "What machines say at rows that they have not seen."
     outputs: torch.Tensor   # (m, c)

@@ -6,49 +6,57 @@
 __all__ = ['RFMRegressor', 'RFMClassifier']
 
 # %% ../nbs/03_rfm.ipynb #1892b835
-from .kernelrfm import KernelRFM
+from .adaptive import AdaptiveRFM
 from .targets import Classification, Regression
 
 # %% ../nbs/03_rfm.ipynb #34e230f5
-class RFMRegressor(Regression, KernelRFM):
+class RFMRegressor(Regression, AdaptiveRFM):
     """Recursive Feature Machine for regression (paper, section III.B).
 
-    Kernel ridge regression whose Mahalanobis matrix M is, `n_iter` times over, replaced by the
-    AGOP of the machine that was just fitted.
+    Kernel ridge regression whose Mahalanobis matrix M is, round after round, replaced by the AGOP
+    of the machine that was just fitted. As it stands it adapts to the table: numbers become
+    scores without units, and whatever is "auto" is chosen on rows that M has not seen. With a
+    number as `bandwidth` it is the plain algorithm on X as it is; there "auto" stands for the
+    value in brackets. A list is tried value by value, on validation rows or in three folds.
 
     Parameters
     ----------
-    kernel : "laplace", "gaussian", "matern32", "matern52", "generalized_exponential", "ntk" or
-        another name in `KERNELS`, or a `Kernel` (whose own bandwidth then counts).
-    bandwidth : L of the kernel, in units of |x - z|_M.
-    n_iter : AGOP rounds; 0 is plain kernel ridge regression.
-    reg : ridge added to the diagonal of the Gram matrix; of a list of ridges the one that scores
-        best on validation rows is taken, in every round.
+    kernel : "auto" ["laplace"], another name in `KERNELS`, or a `Kernel` (whose own bandwidth then
+        counts, as a number would).
+    bandwidth : "auto", or L of the kernel in units of |x - z|_M, or a list.
+    n_iter : AGOP rounds; 0 is plain kernel ridge regression. What adapts takes at most so many.
+    reg : "auto" [1e-3], the ridge added to the diagonal of the Gram matrix, or a list.
     diag : the same as metric="diag".
     center : take the mean gradient out first; the AGOP is then the covariance of the gradients.
-    validation_fraction : hold out this part of the rows and keep the round that scores best on
-        it; None: keep the last round.
+        "auto" is False where bandwidth is "auto" [True for regression, False for classes].
+    validation_fraction : hold out this part of the rows and keep what scores best on it; None:
+        what is chosen is chosen in three folds, and a plain fit keeps the last round.
     solver : "cholesky", or another name in `SOLVERS`.
     warm_start : go on from the `M_` of the previous fit, for the rounds that are missing up to
-        `n_iter`.
+        `n_iter`; for one bandwidth only.
     memory_limit : bytes that may be used; None: what is free.
-    verbose : show a progress bar over rounds.
-    random_state : seed of the validation split.
+    verbose : show a progress bar.
+    random_state : seed of folds, parts and splits.
     device : "auto", "cpu", "cuda", "cuda:1". Numbers are float32 on a GPU, on the CPU those of X.
-    metric : what is kept of the AGOP. "full"; "diag", one weight per feature (cheaper in high
-        dimension); for rows that are maps, channels x positions, "shared", one matrix on the
-        channels, or "separable", a weight per channel times a weight per position.
+    metric : what is kept of the AGOP. "auto" ["full"]; "full"; "diag", one weight per feature
+        (cheaper in high dimension), with a block for each column of categories where bandwidth is
+        "auto"; a list of these. For rows that are maps, channels x positions, "shared", one matrix
+        on the channels, or "separable", a weight per channel times a weight per position.
     channels : maps in a row, ordered (channel, position), for "shared" and "separable".
+    categorical_features : columns that hold categories: "from_dtype", those of a frame's category
+        dtype; a mask, indices or names; or None.
+    refit : solve again on all rows, with the M that was kept, after `validation_fraction` held
+        some out. "auto" is True where something is chosen [False].
     """
 
     def __init__(
         self,
-        kernel="laplace",
-        bandwidth=10.0,
+        kernel="auto",
+        bandwidth="auto",
         n_iter=5,
-        reg=1e-3,
+        reg="auto",
         diag=False,
-        center=True,
+        center="auto",
         validation_fraction=None,
         solver="cholesky",
         warm_start=False,
@@ -56,8 +64,10 @@ class RFMRegressor(Regression, KernelRFM):
         verbose=False,
         random_state=None,
         device="auto",
-        metric="full",
+        metric="auto",
         channels=None,
+        categorical_features="from_dtype",
+        refit="auto",
     ):
         self.kernel = kernel
         self.bandwidth = bandwidth
@@ -74,24 +84,26 @@ class RFMRegressor(Regression, KernelRFM):
         self.device = device
         self.metric = metric
         self.channels = channels
+        self.categorical_features = categorical_features
+        self.refit = refit
 
 
-class RFMClassifier(Classification, KernelRFM):
+class RFMClassifier(Classification, AdaptiveRFM):
     """Recursive Feature Machine for classification: regression on one-hot targets.
 
-    The largest output wins. Parameters are those of `RFMRegressor`, but `center` is False by
-    default, as in the paper's classification benchmarks. For probabilities wrap it in
-    `sklearn.calibration.CalibratedClassifierCV`, which uses `decision_function`.
+    The largest output wins. Parameters are those of `RFMRegressor`, and
+
+    class_weight : None, "balanced", or a dict from labels to weights.
     """
 
     def __init__(
         self,
-        kernel="laplace",
-        bandwidth=10.0,
+        kernel="auto",
+        bandwidth="auto",
         n_iter=5,
-        reg=1e-3,
+        reg="auto",
         diag=False,
-        center=False,
+        center="auto",
         validation_fraction=None,
         solver="cholesky",
         warm_start=False,
@@ -99,8 +111,11 @@ class RFMClassifier(Classification, KernelRFM):
         verbose=False,
         random_state=None,
         device="auto",
-        metric="full",
+        metric="auto",
         channels=None,
+        categorical_features="from_dtype",
+        refit="auto",
+        class_weight=None,
     ):
         self.kernel = kernel
         self.bandwidth = bandwidth
@@ -117,3 +132,6 @@ class RFMClassifier(Classification, KernelRFM):
         self.device = device
         self.metric = metric
         self.channels = channels
+        self.categorical_features = categorical_features
+        self.refit = refit
+        self.class_weight = class_weight

@@ -5,72 +5,27 @@
 # %% auto #0
 __all__ = ['AdaptiveRFM']
 
-# %% ../nbs/workshop/adaptive.ipynb #71443432
-import functools
-from dataclasses import replace
-from itertools import product
-
+# %% ../nbs/workshop/adaptive.ipynb #c7e2a407
 import numpy as np
 import torch
 from sklearn.base import ClassifierMixin
-from sklearn.utils import check_random_state
 from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.validation import check_is_fitted
-from tqdm import tqdm
 
-from .choices import Search, Way, ways
-from .crossfit import RIDGES, adapted, unit_metric
-from .design import Design, Identity, design_from_state, whole_codes
+from .choosing import ChoosingRFM
+from .design import Identity, design_from_state
 from .devices import device as pick_device
-from .estimators import like_targets, send
+from .estimators import send
 from .explain import explain, feature_importances
-from .folds import check_weights, fold_weights, held_out, merged, sampled
+from .folds import check_weights
 from .frames import FrameEncoder
-from .kernelrfm import RULES, KernelRFM
-from .kernels import Kernel
-from .matrices import matrix_power
+from .kernelrfm import RULES
 from .parameters import Rule, all_or_nothing, check_parameters, flag, or_auto
-from .points import Points
-from .solvers import SOLVERS, first
-from .structures import Blocks
+from .probabilities import Calibration
+from .solvers import first
 from .tablemachine import TableMachine
 
-# %% ../nbs/workshop/adaptive.ipynb #f156994d
-_CHOOSE_ON = 2500   # rows at most: the search then takes as long as a few solves of twice as many
-_FOLDS = 3
-_CODES = 8   # whole numbers of 3 to so many values may be categories: both ways are tried
-
-
-class _Rows:
-    "Distinct rows of a table, their weights, and those that the search may look at."
-
-    def __init__(self, X, Y, weights, rng):
-        rows, weights = merged(X, Y, weights)
-        self.X, self.Y, self.weights = X[rows], Y[rows], weights
-        self.rng = rng
-
-    def folds(self):
-        "Rows of a part, targets, weights, and what each fold leaves out `(k, n)`."
-        weights = sampled(self.weights, _CHOOSE_ON, self.rng)
-        some = weights > 0
-        dealt = fold_weights(weights[some], _FOLDS, self.rng)
-        return self.X[some], self.Y[some], weights[some], dealt
-
-    def hold_out(self, fraction):
-        "Validation rows, their targets and weights; what stays to train on is in `weights`."
-        out = held_out(self.weights, fraction, self.rng)
-        self.weights = self.weights - out
-        return self.X[out > 0], self.Y[out > 0], out[out > 0]
-
-    def beside(self, X_val, Y_val, w_val):
-        "As `folds`, with validation rows in place of folds."
-        weights = sampled(self.weights, _CHOOSE_ON, self.rng)
-        some = weights > 0
-        left_out = np.concatenate([0 * weights[some], w_val])[None]
-        return (np.concatenate([self.X[some], X_val]), np.concatenate([self.Y[some], Y_val]),
-                np.concatenate([weights[some], w_val]), left_out)
-
-# %% ../nbs/workshop/adaptive.ipynb #65315911
+# %% ../nbs/workshop/adaptive.ipynb #8f173e9a
 def _is_class_weight(value):
     return value is None or isinstance(value, dict) or value == "balanced"
 
@@ -81,51 +36,14 @@ _ADAPTIVE = {
     "class_weight": Rule(_is_class_weight, "None, 'balanced' or a dict from labels to weights"),
 }
 
-
-def _mean_metric(Ms):
-    "The mean of some M, each over its trace; over its largest entry."
-    M = unit_metric(sum(M / (M if M.ndim == 1 else M.diagonal()).sum() for M in Ms))
-    return M if M.ndim == 1 else matrix_power(M, 1, clip=True)
-
-# %% ../nbs/workshop/adaptive.ipynb #941aa4b2
-class AdaptiveRFM(KernelRFM):
+# %% ../nbs/workshop/adaptive.ipynb #efbc4fed
+class AdaptiveRFM(ChoosingRFM):
     """A Recursive Feature Machine on tables that chooses what it was not told.
 
     Subclasses take the parameters of `RFMRegressor`."""
 
     _rules = _ADAPTIVE
     class_weight = None    # of a classifier
-
-    # --- what a caller leaves open
-
-    def _is_adaptive(self):
-        "Whether the search brings its own list, and everything is relative."
-        if isinstance(self.kernel, Kernel) or self.bandwidth != "auto": return False
-        return not {"shared", "separable"} & set(super()._metrics())
-
-    def _is_open(self, validated, weighted):
-        "Whether there is anything to search."
-        lists = max(np.size(self.bandwidth), np.size(self.metric)) > 1
-        ridges = len(self._regs()) > 1 and not validated
-        return self._is_adaptive() or lists or ridges or weighted and validated
-
-    def _metrics(self):
-        open_ = isinstance(self.metric, str) and self.metric == "auto" and not self.diag
-        return ["full", "diag"] if open_ and self._is_adaptive() else super()._metrics()
-
-    def _centers(self):
-        return super()._centers() and not (self.center == "auto" and self._is_adaptive())
-
-    def _ways(self, p, c):
-        "The `Way`s of the search."
-        metrics = self._metrics()
-        if self._is_adaptive(): return ways(self.kernel, metrics, p, c)
-        return [Way(kernel, metric) for kernel in self._kernels(p) for metric in metrics]
-
-    def _ridges(self):
-        "The ridges of the search, ascending."
-        if self._is_adaptive() and isinstance(self.reg, str): return list(RIDGES)
-        return sorted(self._regs())
 
     # --- a fit
 
@@ -151,7 +69,8 @@ class AdaptiveRFM(KernelRFM):
             self._refuse_a_start(M)
             self._choose(X, y, X_val, y_val, weights)
         else:
-            self.offset_, self.weights_ = None, weights
+            self.offset_ = self.calibration_ = None
+            self.weights_ = weights
             self.design_ = self._plain_design(X, weights)
             self._fit_rows(X, y, X_val, y_val, M, going_on)
             self._fit_again(X, y)
@@ -201,16 +120,6 @@ class AdaptiveRFM(KernelRFM):
             return Identity().fit(X, names=self._names())
         return self._design(X, weights, "plain", 0)
 
-    def _names(self):
-        "Names of the columns of X, if they have any."
-        return getattr(self, "feature_names_in_", None)
-
-    def _design(self, X, weights, scale, codes):
-        "A fitted design for one way to scale numbers."
-        design = Identity() if self.channels else Design(scale, codes)
-        return design.fit(X, self.frame_.categorical_, weights, self._names(),
-                          self.frame_.categories_)
-
     def _fit_again(self, X, y):
         "Solve once more with the M that was kept, on all rows, where that is wanted."
         if self.validation_fraction is None or self.refit is not True: return
@@ -221,120 +130,6 @@ class AdaptiveRFM(KernelRFM):
         solver.regs = [self.history_["reg"][self.best_round_]]
         fit = first(solver.fits(torch.from_numpy(self.M_).to(X), last=True))
         self._keep(fit.machine, fit.M, self.best_round_, self.history_)
-
-    # --- the search
-
-    def _choose(self, X, y, X_val, y_val, weights):
-        "Search on a part of the rows, and solve on all of them."
-        rng = check_random_state(self.random_state)
-        device = pick_device(self.device)
-        rows = _Rows(X, self._encode(y, np.float64), weights, rng)
-        offset, unit = self._units(rows)
-        part = self._part(rows, X_val, y_val, y)
-        designs = functools.cache(
-            lambda scale, codes: self._design(rows.X, rows.weights, scale, codes))
-        search = self._search(part, rows.weights.mean(), designs, offset, unit, device)
-        scales = self._scales(rows)
-        tried = self._ways(max(len(designs(*s).groups_) for s in scales), len(unit))
-        for way in tried:
-            self._check_metric(X.shape[1], way.metric)
-        total = (len(scales) + len(tried) - 1) * (self.n_iter + 1)
-        self._forget()
-        with tqdm(total=total, disable=not self.verbose, desc=type(self).__name__) as bar:
-            search.step = bar.update
-            try:
-                search.run(scales, tried)
-            finally:
-                if search.best is not None:
-                    self._settle(search, rows, designs, offset, unit, device)
-
-    def _units(self, rows):
-        "The mean and the scale of every target; 0 and 1 where they stay as they are."
-        c = rows.Y.shape[1]
-        if not self._is_adaptive(): return None, np.ones(c)
-        mean = np.average(rows.Y, axis=0, weights=rows.weights)
-        if isinstance(self, ClassifierMixin): return mean, np.ones(c)
-        spread = np.sqrt(np.average((rows.Y - mean)**2, axis=0, weights=rows.weights))
-        return mean, np.where(spread > 1e-12 * np.abs(mean), spread, 1)
-
-    def _part(self, rows, X_val, y_val, y):
-        "What the search sees: rows, targets, weights, and what is left out."
-        if (X_val is None) != (y_val is None):
-            given = "y_val" if X_val is None else "X_val"
-            raise ValueError(f"X_val and y_val go together; only {given} was given.")
-        if X_val is not None:
-            X_val, y_val = self._check_val(X_val, y_val)
-            Y_val = self._encode(like_targets(y_val, y), np.float64)
-            return rows.beside(X_val, Y_val, np.ones(len(X_val)))
-        if self.validation_fraction is None: return rows.folds()
-        whole = rows.weights
-        out = rows.hold_out(self.validation_fraction)
-        part = rows.beside(*out)
-        if self.refit is not False:
-            rows.weights = whole
-        return part
-
-    def _search(self, part, mean_weight, designs, offset, unit, device):
-        "The `Search` on a part of the rows."
-        X, Y, weights, left_out = part
-        relative = self._is_adaptive()
-        dtype = np.float32 if relative else X.dtype    # chooses the same, in half the time
-        mean = 0 if offset is None else offset
-
-        def rows(scale, codes):
-            return send(designs(scale, codes).transform(X), dtype, device)
-
-        def structure(trial):
-            return self._structure_of(designs(trial.scale, trial.codes), trial.way)
-
-        def score(found):
-            Y, f = (values.cpu().numpy() * unit + mean for values in found[:2])
-            return self._score(Y, f, found.weights.cpu().numpy())
-
-        tensors = (send(values, dtype, device) for values in
-                   ((Y - mean) / unit, weights / mean_weight, left_out / mean_weight))
-        return Search(rows, *tensors, structure, score, self.n_iter, self._ridges(),
-                      self._centers(), relative)
-
-    def _structure_of(self, design, way):
-        "What is kept of M: categories have blocks of their own in a diagonal."
-        p = len(design.groups_)
-        if way.metric != "diag" or not design.blocks_ or "full" not in way.kernel.metrics:
-            return self._structure(p, way.metric)
-        owner = np.arange(p)
-        for block in design.blocks_:
-            owner[block] = block[0]
-        mask = torch.from_numpy(owner[:, None] == owner)
-        return Blocks(mask=mask)
-
-    def _scales(self, rows):
-        "The scales of numbers to choose from."
-        if not self._is_adaptive(): return [("plain", 0)]
-        codes = whole_codes(rows.X, self.frame_.categorical_, rows.weights, _CODES).any()
-        return list(product(("winsorised", "clipped"), (0, _CODES) if codes else (0,)))
-
-    def _settle(self, search, rows, designs, offset, unit, device):
-        "Solve on all rows with what was found, and keep it."
-        best, kernel = search.best, search.best.trial.way.kernel
-        design = designs(best.trial.scale, best.trial.codes)
-        some = rows.weights > 0
-        weights = rows.weights[some] / rows.weights.mean()
-        mean = 0 if offset is None else offset
-        Z = send(design.transform(rows.X[some]), rows.X.dtype, device)
-        Y, w = (send(values, rows.X.dtype, device) for values in
-                ((rows.Y[some] - mean) / unit, weights))
-        structure = self._structure_of(design, best.trial.way)
-        M = _mean_metric(best.Ms) if search.relative else sum(best.Ms) / len(best.Ms)
-        M = M.to(Z)
-        if search.relative:
-            kernel = adapted(kernel, Points(Z - kernel.shift(Z), structure.on_rows(M)))
-        solver = SOLVERS[self.solver](kernel, Z, Y, [best.reg], structure, weights=w)
-        machine = first(solver.fits(M, last=True)).machine
-        machine = replace(machine, coef=machine.coef * torch.as_tensor(unit).to(Z))
-        self.design_, self.offset_ = design, offset
-        self.weights_ = None if (weights == weights[0]).all() else weights
-        self._keep(machine, M, best.round, search.rows)
-        self.machines_ = [machine]
 
     # --- answers
 
@@ -408,7 +203,8 @@ class AdaptiveRFM(KernelRFM):
     def _header(self):
         offset = None if self.offset_ is None else self.offset_.tolist()
         return {**super()._header(), "columns": self.n_features_in_, "offset": offset,
-                "design": self.design_.to_state(), "frame": self.frame_.to_state()}
+                "design": self.design_.to_state(), "frame": self.frame_.to_state(),
+                "calibration": self.calibration_}
 
     def _arrays(self):
         weights = {} if self.weights_ is None else {"weights": torch.from_numpy(self.weights_)}
@@ -420,6 +216,8 @@ class AdaptiveRFM(KernelRFM):
         model.n_features_in_ = meta.get("columns", model.n_features_in_)
         model.offset_ = None if meta.get("offset") is None else np.array(meta["offset"])
         model.weights_ = arrays["weights"].numpy() if "weights" in arrays else None
+        calibration = meta.get("calibration")
+        model.calibration_ = Calibration(*calibration) if calibration else None
         state = meta.get("design")
         plain = Identity().fit(machine.centers)
         model.design_ = design_from_state(state) if state else plain

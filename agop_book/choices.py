@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Way', 'Trial', 'Found', 'ways', 'Search', 'squared_error']
 
-# %% ../nbs/workshop/choices.ipynb #25f461bd
+# %% ../nbs/workshop/choices.ipynb #9dfe748b
 import time
 from dataclasses import dataclass, field
 from typing import Callable, NamedTuple
@@ -16,7 +16,7 @@ from .crossfit import RIDGES, CrossFit, LeftOut
 from .kernels import KERNELS, Kernel
 from .solvers import rounds
 
-# %% ../nbs/workshop/choices.ipynb #2c958865
+# %% ../nbs/workshop/choices.ipynb #dadad4e1
 class Way(NamedTuple):
     "How distances are measured: a kernel, and what is kept of M."
     kernel: Kernel   # its bandwidth counts typical distances, or distances
@@ -39,18 +39,19 @@ class Found(NamedTuple):
     left_out: LeftOut
     loss: float       # squared error at left-out rows, outputs summed
 
-# %% ../nbs/workshop/choices.ipynb #05bf8b90
+# %% ../nbs/workshop/choices.ipynb #a1b7f490
 _L1_AT_MOST = 400   # columns times outputs: l1 distances and slopes take no matrix product
 _FULL_AT_MOST = 1000   # columns: beyond, eigenvectors of M cost more than they have brought
 
-# %% ../nbs/workshop/choices.ipynb #e290c868
+# %% ../nbs/workshop/choices.ipynb #443f584e
 def ways(kernel: str,         # a name in `KERNELS`, or "auto"
          metrics: list,       # of "full" and "diag", those that may be taken
          p: int,              # columns
          c: int               # outputs
          ) -> list:           # of `Way`, the first to judge scales by
     "The ways to measure distances that are worth trying for a table."
-    if p > _FULL_AT_MOST and "diag" in metrics: metrics = ["diag"]
+    if p > _FULL_AT_MOST and "diag" in metrics:
+        metrics = ["diag"]
     found = [Way(k, metric) for k, metric in _ways("laplace" if kernel == "auto" else kernel)
              if metric in metrics]
     if kernel == "auto" and "diag" in metrics and p * c <= _L1_AT_MOST:
@@ -69,10 +70,10 @@ def _ways(name):
         pairs = [(wide, "diag"), (narrow, "diag"), (wide, "full")]
     return [(k, metric) for k, metric in pairs if metric in k.metrics]
 
-# %% ../nbs/workshop/choices.ipynb #90637f35
+# %% ../nbs/workshop/choices.ipynb #13deaaec
 _PATIENCE = 2    # rounds without a better one before a walk ends
 
-# %% ../nbs/workshop/choices.ipynb #23dee7ab
+# %% ../nbs/workshop/choices.ipynb #aa2e1409
 @dataclass
 class Search:
     "Tries ways on left-out rows; `best` is the `Found` of least loss, `rows` a dict for each fit."
@@ -87,7 +88,7 @@ class Search:
     regs: tuple = RIDGES      # ridges to choose from
     center: bool = False      # take the mean gradient out
     relative: bool = True     # bandwidths count typical distances, and M is scaled
-    step: Callable = lambda: None   # called after each fit, for a progress bar
+    step: Callable = int      # called after each fit, for a progress bar; int() does nothing
     best: Found = None
     rows: list = field(default_factory=list)
 
@@ -99,11 +100,16 @@ class Search:
         starts = [self.walk(Trial(*scale, ways[0])) for scale in scales]
         losses = [next(walk) for walk in starts]
         at = min(range(len(losses)), key=losses.__getitem__)
-        for _ in starts.pop(at): pass
+        self._finish(starts.pop(at))
         starts.clear()        # and their Gram matrices with them
         for way in ways[1:]:
-            for _ in self.walk(Trial(*scales[at], way)): pass
+            self._finish(self.walk(Trial(*scales[at], way)))
         return self.best
+
+    def _finish(self, walk):
+        "Go to the end of a walk."
+        for _ in walk:
+            continue
 
     def walk(self, trial: Trial):
         "Rounds of one trial, until they do not get better; yields their losses."
@@ -147,7 +153,7 @@ def squared_error(left_out: LeftOut    # outputs where they were not learned
     off = (left_out.outputs - left_out.Y).square().sum(1)
     return float(left_out.weights @ off / left_out.weights.sum())
 
-# %% ../nbs/workshop/choices.ipynb #ec91ea1e
+# %% ../nbs/workshop/choices.ipynb #6e37c6bf
 def _least_loss(fits):
     "The fit with the least loss; its score is minus that."
     scored = [fit._replace(score=-squared_error(fit.fitted)) for fit in fits]

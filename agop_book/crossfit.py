@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['RIDGES', 'typical_distance', 'adapted', 'unit_metric', 'LeftOut', 'CrossFit']
 
-# %% ../nbs/workshop/crossfit.ipynb #acea4ae3
+# %% ../nbs/workshop/crossfit.ipynb #f4a9ca1e
 from dataclasses import replace
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from .kernels import Kernel
@@ -18,11 +17,11 @@ from .points import Points
 from .solvers import Fit
 from .structures import Full
 
-# %% ../nbs/workshop/crossfit.ipynb #9d66ac7a
+# %% ../nbs/workshop/crossfit.ipynb #67c5d2be
 _PAIRS = 700   # rows between which distances are taken: half a million pairs, a few milliseconds
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)   # k(x, x) is 1: from hardly any to all smoothing
 
-# %% ../nbs/workshop/crossfit.ipynb #f95ceaf1
+# %% ../nbs/workshop/crossfit.ipynb #ea28e8ec
 def typical_distance(kernel: Kernel,    # with a bandwidth
                      points: Points     # rows
                      ) -> float:        # 1 where all rows coincide
@@ -48,7 +47,7 @@ def unit_metric(M: torch.Tensor   # (p,) or (p, p)
     if largest > 0: return M / largest
     return torch.ones_like(M) if M.ndim == 1 else torch.eye(len(M), dtype=M.dtype, device=M.device)
 
-# %% ../nbs/workshop/crossfit.ipynb #0d49f80c
+# %% ../nbs/workshop/crossfit.ipynb #687c5bc8
 class _Fold:
     "One fold: its rows, and the kernel between them for the current M."
 
@@ -56,8 +55,9 @@ class _Fold:
         self.relative = relative
         kept = weights - left_out
         train, out = kept > 0, left_out > 0
-        self.x, self.y, self.w = X[train], Y[train], kept[train]
-        self.x_out, self.y_out, self.w_out = X[out], Y[out], left_out[out]
+        self.x, self.y = X[train], Y[train]
+        self.x_out, self.y_out = X[out], Y[out]
+        self.w, self.w_out = kept[train], left_out[out]
         mean = self.w @ self.y / self.w.sum()
         self.mean = mean if relative else torch.zeros_like(mean)
 
@@ -101,7 +101,7 @@ class _Fold:
             J = self.kernel.complete(P, slopes[:, c], fitted[:, c], self.points)
             yield apply_metric(J, self.points.M)
 
-# %% ../nbs/workshop/crossfit.ipynb #627bd5a8
+# %% ../nbs/workshop/crossfit.ipynb #245b7a11
 class LeftOut(NamedTuple):
     "What machines say at rows that they have not seen."
     outputs: torch.Tensor   # (m, c)

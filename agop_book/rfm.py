@@ -7,6 +7,7 @@ __all__ = ['RFMRegressor', 'RFMClassifier']
 
 # %% ../nbs/03_rfm.ipynb #1892b835
 from .adaptive import AdaptiveRFM
+from .probabilities import Probabilities
 from .targets import Classification, Regression
 
 # %% ../nbs/03_rfm.ipynb #34e230f5
@@ -88,7 +89,7 @@ class RFMRegressor(Regression, AdaptiveRFM):
         self.refit = refit
 
 
-class RFMClassifier(Classification, AdaptiveRFM):
+class RFMClassifier(Probabilities, Classification, AdaptiveRFM):
     """Recursive Feature Machine for classification: regression on one-hot targets.
 
     The largest output wins. Parameters are those of `RFMRegressor`, and

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TableMachine']
 
-# %% ../nbs/workshop/tablemachine.ipynb #77970564
+# %% ../nbs/workshop/tablemachine.ipynb #a4def134
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from .arrays import as_tensor
 from .machines import KernelMachine
 from .points import TILE, blocks
 
-# %% ../nbs/workshop/tablemachine.ipynb #c5c4b70e
+# %% ../nbs/workshop/tablemachine.ipynb #2f4c02a0
 @dataclass(eq=False)
 class TableMachine(KernelMachine):
     "f(x) = offset + sum_i coef_i k(x_i, design(x)): the same answers in the columns of a table."

@@ -144,7 +144,10 @@ def _run(args):
 def _print(parts):
     "The standings, and what failed; the exit code."
     for rows, base in zip(parts, _BASES):
-        print(standings(rows, base).round(3).to_string())
+        try:
+            print(standings(rows, base).round(3).to_string())
+        except ValueError as error:
+            print(f"no standings: {error}", file=sys.stderr)
     failed = [row for rows in parts for row in rows.to_dict("records") if row["error"]]
     for row in failed:
         print(f"{row['model']} on {row['task']} ({row['n']:,} rows): {row['error']}",
@@ -165,10 +168,9 @@ def main(
             parts = _run(args)
         except (ValueError, OSError) as error:
             parser.error(str(error))
-        code = _print(parts)
         if args.csv:
             write_atomic(args.csv, measures_text(pd.concat(parts)).encode())
-        return code
+        return _print(parts)
 
 
 if __name__ == "__main__" and "__file__" in globals():    # the module as a command, no notebook

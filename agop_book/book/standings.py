@@ -56,7 +56,9 @@ _NAMES = {"score": "accuracy"}    # what the ranks of the 121 tasks call it
 def score_table(
     rows: pd.DataFrame,    # of one kind and size: columns task, model, score
 ) -> pd.DataFrame:         # tasks x models, means over seeds
-    "Scores of the tasks on which every model has one."
+    "Scores of the tasks on which every model has one; models that have none are left out."
+    rows = rows[rows.groupby("model")["score"].transform("count") > 0]
+    if rows.empty: raise ValueError("no row has a score: see the column error")
     means = rows.groupby(["task", "model"], sort=False, as_index=False)["score"].mean()
     return accuracy_table(means.rename(columns=_NAMES))
 
@@ -67,7 +69,7 @@ def _standing(rows, base):
     found = {"mean": scores.mean(), "rank": scores.rank(axis=1, ascending=False).mean()}
     if base in scores:
         found[f"over {base}"] = scores.gt(scores[base], axis=0).sum()
-    same = rows[rows["task"].isin(scores.index)].groupby("model")
+    same = rows[rows["task"].isin(scores.index) & rows["model"].isin(scores)].groupby("model")
     found |= {"log-loss": same["log_loss"].mean(), "ECE": same["ece"].mean()}
     found |= {"fit seconds": same["fit"].sum(), "tables": len(scores)}
     return pd.DataFrame(found).sort_values("rank")

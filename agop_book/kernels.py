@@ -17,10 +17,19 @@ import torch
 from .arrays import is_number, to_family
 from .memory import plan
 from .metrics import METRICS, apply_metric, check_metric, metric_kind
-from .points import COLUMNS, Points, blocks, check_rows, middle, squared_distances
+from .parameters import Nested, positive
+from agop_book.points import (
+    COLUMNS,
+    Points,
+    blocks,
+    check_rows,
+    cosine_gaps,
+    middle,
+    squared_distances,
+)
 
 # %% ../nbs/01_kernels.ipynb #6d9d8134
-class Kernel(ABC):
+class Kernel(Nested, ABC):
     """k(x, z) between rows, heard through a matrix M. Subclasses are frozen dataclasses.
 
     It must define `tile` and, where it is `bilinear`, `complete`; where it is not, `gradient`.
@@ -82,14 +91,6 @@ class Kernel(ABC):
         return to_family(out, x)
 
 # %% ../nbs/01_kernels.ipynb #111d2772
-def _positive(value, name, upper=math.inf):
-    "`value` as a float in (0, upper] whose square and inverse do not overflow; else ValueError."
-    if is_number(value) and 1e-150 <= value <= min(upper, 1e150): return float(value)
-    limit = "1e150" if upper == math.inf else f"{upper}"
-    raise ValueError(f"{name} must be a finite number above 0 (from 1e-150 to {limit}), "
-                     f"got {value!r}.")
-
-
 def _rate(value, r):
     "`value`, or the number next to it whose product with 0 is 0 in the precision of `r`."
     top = torch.finfo(r.dtype).max ** 0.5
@@ -105,11 +106,15 @@ class Radial(Kernel):
     stationary = True
 
     def __post_init__(self):
-        object.__setattr__(self, "bandwidth", _positive(self.bandwidth, "bandwidth"))
+        object.__setattr__(self, "bandwidth", positive(self.bandwidth, "bandwidth"))
+
+    def distances(self, left: Points, right: Points):
+        "|x - z|_M `(n, m)`."
+        return squared_distances(left, right).sqrt_()
 
     def tile(self, left, right, slopes=False):
         "K and A such that grad_x k(x, z) = M (A z - A x); A is 0 where the slope diverges."
-        r = squared_distances(left, right).sqrt_()
+        r = self.distances(left, right)
         phi = self.phi(r)
         if not slopes: return phi, None
         return phi, self.slope(r, phi).neg_().nan_to_num_(0.0, 0.0, 0.0)
@@ -147,7 +152,7 @@ class GeneralizedExponential(Radial):
 
     def __post_init__(self):
         super().__post_init__()
-        object.__setattr__(self, "exponent", _positive(self.exponent, "exponent", 2))
+        object.__setattr__(self, "exponent", positive(self.exponent, "exponent", 2))
 
     def phi(self, r):
         return (r * _rate(1 / self.bandwidth, r)).pow_(self.exponent).neg_().exp_()
@@ -186,13 +191,6 @@ def _scaled(r, rate):
     return (r * _rate(rate, r)).clamp_(max=1000)
 
 # %% ../nbs/01_kernels.ipynb #b451d737
-def _gaps(left, right):
-    "1 - u and 1 + u `(n, m)` for cosines u of unit points, exact where those almost coincide."
-    v = squared_distances(left, right).div_(2).clamp_(max=2)
-    opposed = float(v.max()) > 2 - 1e-3
-    return v, squared_distances(left, -right).div_(2) if opposed else 2 - v
-
-
 def _sine_gap(theta, sine):
     "theta - sin(theta), by its series where that would cancel."
     square = theta * theta
@@ -215,7 +213,7 @@ class NTK(Kernel):
 
     def tile(self, left, right, slopes=False):
         "K and A = T'(u), without its singular part at coincident directions."
-        v, w = _gaps(left.unit(), right.unit())
+        v, w = cosine_gaps(left.unit(), right.unit())
         apart = v * w > 0
         T = 1 - v
         dT = torch.ones_like(v)
@@ -252,11 +250,15 @@ class L1Laplace(Kernel):
     stationary = True
 
     def __post_init__(self):
-        object.__setattr__(self, "bandwidth", _positive(self.bandwidth, "bandwidth"))
+        object.__setattr__(self, "bandwidth", positive(self.bandwidth, "bandwidth"))
+
+    def distances(self, left: Points, right: Points):
+        "sum_j m_j |x_j - z_j| `(n, m)`."
+        return torch.cdist(left.xM, right.xM, p=1)
 
     def tile(self, left, right, slopes=False):
         "K, and None: its slopes are not a matrix."
-        r = torch.cdist(left.xM, right.xM, p=1)
+        r = self.distances(left, right)
         return r.mul_(_rate(-1 / self.bandwidth, r)).exp_(), None
 
     def gradient(self, left, right, coef):

@@ -82,7 +82,8 @@ class Solver:
                  Y: torch.Tensor,       # (n, c), their targets
                  regs=(1e-3,),          # ridges to choose from
                  structure=Full(),      # what is kept of the AGOP
-                 center: bool = False   # take the mean gradient out
+                 center: bool = False,  # take the mean gradient out
+                 weights=None           # (n,), of the rows; None: 1 each
                  ):
         self.kernel = kernel
         self.X = X
@@ -90,6 +91,7 @@ class Solver:
         self.regs = list(regs)
         self.structure = structure
         self.center = center
+        self.weights = X.new_ones(len(X)) if weights is None else weights
 
     @classmethod
     def plan(cls, n, d, c, itemsize, limit, structure=Full(), n_iter=0):
@@ -106,6 +108,7 @@ class Solver:
 
     def agop(self, fit: Fit) -> torch.Tensor:
         "The AGOP of a fit's machine at the training rows, as the structure keeps it."
+        shares = (self.weights / self.weights.sum())[:, None, None]
         total = 0
         mean = 0
         origin = None
@@ -114,9 +117,9 @@ class Solver:
             if self.center:
                 origin = J.mean(0) if origin is None else origin    # nearly the mean of all
                 J = J - origin
-                mean = mean + J.sum(0) / len(self.X)
-            total = total + self.structure.product(J.flatten(0, 1), J.flatten(0, 1))
-        total = total / len(self.X)
+                mean = mean + (shares[rows] * J).sum(0)
+            total = total + self.structure.product((shares[rows] * J).flatten(0, 1),
+                                                   J.flatten(0, 1))
         if self.center:
             total = total - self.structure.product(mean, mean)
         return self.structure.settle(total, clip=self.center)
@@ -203,19 +206,23 @@ class CholeskySolver(Solver):
         if not self.fresh:      # an earlier ridge has left its factor there
             gram_and_slopes_(self.buf, self.kernel, self.points, slopes=False)
         self.fresh = False
-        self.buf.diagonal().add_(reg)
+        ridge = reg / self.weights    # a row of weight 2 is the same row twice
+        self.buf.diagonal().add_(ridge)
         if not cholesky_(self.buf): return None
         coef = solve_factored(self.buf, self.Y)
         machine = KernelMachine(self.kernel, self.X, coef, self.points.M)
-        return Fit(machine, self.M, reg, self.Y - reg * coef)
+        return Fit(machine, self.M, reg, self.Y - ridge[:, None] * coef)
 
     def agop(self, fit):
         "See `Solver`."
         if not self.kernel.bilinear: return super().agop(fit)
         coef = fit.machine.coef
-        total = self.together(coef) if self._is_less_work(coef.shape[1]) else None
+        even = bool((self.weights == self.weights[0]).all())
+        total = self.together(coef) if even and self._is_less_work(coef.shape[1]) else None
         if total is not None: return self.structure.settle(total / len(self.X), clip=True)
-        total = sum(self.structure.product(J, J) for J in self.gradients(fit))
+        shares = (self.weights / self.weights.mean())[:, None]
+        total = sum(self.structure.product(J if even else shares * J, J)
+                    for J in self.gradients(fit))
         return self.structure.settle(total / len(self.X))
 
     def _is_less_work(self, c):
@@ -233,7 +240,7 @@ class CholeskySolver(Solver):
             J = self.kernel.complete(P[:, :-1], P[:, -1], fit.fitted[:, c], self.points)
             # M first: M (J^T J) M is cheaper, but rounding can leave it with negative eigenvalues
             J = apply_metric(J, self.points.M)
-            yield J - J.mean(0) if self.center else J
+            yield J - self.weights @ J / self.weights.sum() if self.center else J
 
     def together(self, coef: torch.Tensor):
         "The sum over rows and outputs, by S; None where close points cost half of the digits."

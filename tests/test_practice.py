@@ -7,21 +7,27 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.compose import TransformedTargetRegressor
 from sklearn.metrics import log_loss
 from sklearn.model_selection import train_test_split
 
 from agop_book.book.load import load
-from agop_book.book.peers import LEARNERS, TUNED, Learner, XRFMClassifier, XRFMRegressor
-from agop_book.book.practice import main, measures, measures_text, stored_measures, tuned_measures
+from agop_book.book.peers import LEARNERS, REFERENCES, TUNED
+from agop_book.book.peers import Learner, XRFMClassifier, XRFMRegressor
+from agop_book.book.practice import joined_measures, main, measures, measures_text, read_measures
+from agop_book.book.practice import stored_measures, tuned_measures
 from agop_book.book.standings import calibration_error, draw_standings, score_table, scores_at
 from agop_book.book.standings import standings
 from agop_book.book.trials import STAND_INS, cross_validate, measure, practice_tasks
 from agop_book.book.trials import read_split, read_task
 from agop_book.files import UnreadableData
+from agop_book.rfm import RFMRegressor
 
 FAST = ["HistGradientBoosting", "RFM, bandwidth 10"]
 SMALL = ["diabetes", "wine"]
 FOREST = {"package": "scikit-learn", "module": "sklearn.ensemble", "stem": "RandomForest"}
+TREE = FOREST | {"module": "sklearn.tree", "stem": "DecisionTree"}
+SPACE = ({"max_depth": [1, 2, 3, 4, 5], "min_samples_leaf": [1, 2, 3, 4, 5]},)
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +47,7 @@ def places(monkeypatch, tmp_path):
 @pytest.fixture
 def fits(monkeypatch):
     "The learners that were made, in order."
+    monkeypatch.setitem(TUNED, "tree, tuned", Learner(**TREE, space=SPACE))
     made, real = [], Learner.make
 
     def make(self, *how):
@@ -139,7 +146,7 @@ class Fixed:
 def test_a_class_that_training_lacked():
     model = Fixed([0, 2], [[0.5, 0.5], [0.25, 0.75], [0.9, 0.1]])
     found = scores_at(model, np.zeros((3, 1)), np.array([0, 2, 1]), False)
-    whole = [[0.5, 0, 0.5], [0.25, 0, 0.75], [0.9, 0, 0.1]]
+    whole = [[0.5, 0, 0.5], [0.25, 0, 0.75], [0.9, 1e-15, 0.1]]
     assert np.isclose(found["log_loss"], log_loss([0, 2, 1], whole, labels=[0, 1, 2]))
     assert found["score"] == pytest.approx(2 / 3) and found["log_loss"] > 10
     alone = scores_at(Fixed([4], [[1.0]]), np.zeros((1, 1)), np.array([4]), False)
@@ -152,12 +159,14 @@ def test_a_class_that_training_lacked():
 def test_scores_of_both_kinds():
     row = measure("friedman1", 200, 0, "HistGradientBoosting", {}, "any")
     assert row["error"] is None and row["kind"] == "regression" and 0.3 < row["score"] < 1
-    assert row["fit"] > 0 and row["log_loss"] is None
+    assert row["fit"] > 0 and row["predict"] > 0 and row["log_loss"] is None
+    assert (row["rows"], row["p"], row["device"]) == (200, 10, "cpu")
     row = measure("breast_cancer", 200, 0, "HistGradientBoosting", {}, "any")
     assert row["kind"] == "classification" and row["score"] > 0.9
     assert 0 < row["log_loss"] < 1 and 0 < row["ece"] < 0.2
     row = cross_validate("wine", 100, 0, "RFM, tuned", {"bandwidth": 5.0, "n_iter": 0}, "any")
     assert row["error"] is None and row["score"] > 0.9
+    assert measure("wine", 5000, 0, "HistGradientBoosting", {}, "any")["rows"] == 133
 
 
 def test_whatever_a_learner_raises_is_its_row():
@@ -169,7 +178,7 @@ def test_whatever_a_learner_raises_is_its_row():
 
 def test_scaled_learners_do_not_see_units():
     X, y, X_test, y_test, _ = read_split("friedman2", 150, 0)
-    learner = LEARNERS["RFM, bandwidth 10"]
+    learner = REFERENCES["RFM, bandwidth 10"]
     plain = learner.make(True).fit(X, y).predict(X_test)
     far = learner.make(True).fit(X * [1, 1e3, 1e-3, 10], 7 + 100 * y)
     assert np.allclose(far.predict(X_test * [1, 1e3, 1e-3, 10]), 7 + 100 * plain, rtol=1e-6)
@@ -181,7 +190,7 @@ def test_calibration_with_classes_smaller_than_the_folds():
     X = rng.normal(size=(62, 3)) + y[:, None]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = LEARNERS["RFM, calibrated"].make(False).fit(X, y)
+        model = REFERENCES["RFM, calibrated"].make(False).fit(X, y)
     P = model.predict_proba(X)
     assert P.shape == (62, 3) and np.allclose(P.sum(1), 1) and (model.classes_ == [0, 1, 2]).all()
 
@@ -237,7 +246,7 @@ def test_regressions_are_not_calibrated():
 
 
 def test_a_stopped_search_goes_on_with_its_next_trial(monkeypatch, fits):
-    models, real = ["RFM, tuned"], Learner.make
+    models, real = ["tree, tuned"], Learner.make
 
     def stops(self, *how):
         if len(fits) == 8:
@@ -252,19 +261,73 @@ def test_a_stopped_search_goes_on_with_its_next_trial(monkeypatch, fits):
     fits.clear()
     (row,) = tuned_measures(["wine"], models, n=60, trials=4, progress=False).to_dict("records")
     assert len(fits) == 2 * 3 + 1 and row["error"] is None and row["search"] > 0
-    assert set(row["params"]) == set(TUNED["RFM, tuned"].space)
     (again,) = tuned_measures(["wine"], models, n=60, trials=4, progress=False).to_dict("records")
     assert again == row and len(fits) == 7
 
 
-def test_the_best_trial_is_kept(tmp_path):
-    (row,) = tuned_measures(["wine"], ["RFM, tuned"], n=60, trials=5, progress=False).to_dict(
-        "records"
-    )
+def test_the_best_trial_is_kept(tmp_path, fits):
+    rows = tuned_measures(["wine"], ["tree, tuned"], n=60, trials=5, progress=False)
+    (row,) = rows.to_dict("records")
     lines = (tmp_path / "out/results/practice-trials-quick.jsonl").read_text().splitlines()
     trials = [json.loads(line)["row"] for line in lines]
     best = max(trials, key=lambda trial: trial["score"])
     assert len(trials) == 5 and row["params"] == best["params"]
+    assert trials[0]["params"] == {} and set(trials[1]["params"]) == set(SPACE[0])
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_every_trial_can_be_made(name):
+    learner = TUNED[name]
+    if learner.version() is None:
+        pytest.skip(f"{learner.package} is not installed")
+    trials = learner.trials(30, 0)
+    assert trials[0] == {} and len(trials) == 30 and learner.trials(5, 0) == trials[:5]
+    for params in trials:
+        model = learner.make(True, 0, params)
+        assert params or type(model).__name__.endswith("Regressor")
+
+
+def test_the_first_trial_is_the_default_call():
+    row = measure("friedman2", 100, 0, "HistGradientBoosting", {}, "any")
+    tuned = measure("friedman2", 100, 0, "HistGradientBoosting, tuned", {}, "any")
+    assert tuned["score"] == row["score"]
+    raw, scaled = (TUNED["RFM, tuned"].make(True, 0, p) for p in ({}, {"bandwidth": 5.0}))
+    assert isinstance(raw, RFMRegressor) and isinstance(scaled, TransformedTargetRegressor)
+
+
+# --- rows that are known
+
+
+def test_rows_of_another_run_are_not_measured_again(fits, tmp_path, monkeypatch):
+    first = measures(SMALL, FAST, sizes=[60], progress=False)
+    monkeypatch.setenv("AGOP_BOOK_OUT", str(tmp_path / "elsewhere"))
+    path = tmp_path / "rows.csv"
+    path.write_text(measures_text(first))
+    options = dict(sizes=[60], progress=False)
+    known = read_measures(path)
+    again = measures(SMALL, FAST, **options, known=known)
+    assert len(fits) == 4 and np.allclose(again["score"], first["score"], rtol=1e-5)
+    assert again["error"].tolist() == [None] * 4
+    stale = known.assign(version="an older one")
+    measures(SMALL, FAST, **options, known=stale)
+    assert len(fits) == 8
+
+
+def test_rows_of_two_runs():
+    known = rows_of({"a": [0.9, 0.7], "b": [0.5, 0.4]})
+    found = rows_of({"b": [0.6, 0.3], "c": [0.1, 0.2]})
+    rows = joined_measures(known, found)
+    scores = rows.groupby("model")["score"].apply(list).to_dict()
+    assert scores == {"a": [0.9, 0.7], "b": [0.6, 0.3], "c": [0.1, 0.2]}
+    assert joined_measures(None, found).equals(found)
+
+
+@pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "params,error\n{},\n", "params,error\n{,\n"])
+def test_other_tables_are_no_measures(tmp_path, text):
+    path = tmp_path / "rows.csv"
+    path.write_text(text)
+    with pytest.raises(UnreadableData, match="rows.csv: no measures of tables"):
+        read_measures(path)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +351,7 @@ def rows_of(scores, kind="regression", n=1000):
     "Rows from a dict model -> scores of the tasks."
     return pd.DataFrame(
         {"kind": kind, "n": n, "task": f"t{k}", "model": model, "score": score, "seed": 0,
-         "log_loss": 0.1 * k, "ece": 0.01, "fit": 2.0, "seconds": 3.0, "error": None}
+         "log_loss": 0.1 * k, "ece": 0.01, "fit": 2.0, "predict": 0.5, "error": None}
         for model, values in scores.items() for k, score in enumerate(values)
     )  # fmt: skip
 
@@ -336,13 +399,20 @@ def test_diagrams():
 
 def test_the_command(tmp_path, capsys):
     csv = tmp_path / "rows.csv"
-    argv = ["wine", "--n", "60", "--model", "RFM", "--model", "random forest", "--trials", "2"]
-    assert main([*argv, "--csv", str(csv)]) == 0
+    argv = ["wine", "--n", "60", "--csv", str(csv), "--model"]
+    assert main([*argv, "random forest"]) == 0
+    assert main([*argv, "HistGradientBoosting", "--trials", "1"]) == 0
     printed = capsys.readouterr().out
-    assert "RFM, tuned" in printed and "over HistGradientBoosting" not in printed
-    rows = pd.read_csv(csv)
-    assert rows["model"].tolist() == ["RFM", "random forest", "RFM, tuned"]
-    assert "bandwidth" in json.loads(rows["params"][2]) and rows["error"].isna().all()
+    assert "HistGradientBoosting, tuned" in printed and "over HistGradientBoosting" in printed
+    rows = read_measures(csv)
+    tuned = "HistGradientBoosting, tuned"
+    assert rows["model"].tolist() == ["HistGradientBoosting", tuned, "random forest"]
+    assert (rows["params"] == {}).all() and rows["error"].isna().all()
+    csv.write_text("no rows\n")
+    with pytest.raises(SystemExit):
+        main([*argv, "random forest"])
+    assert "no measures of tables" in capsys.readouterr().err
+    assert csv.read_text() == "no rows\n"
 
 
 def test_the_command_says_what_failed(monkeypatch, capsys, tmp_path):
@@ -352,7 +422,9 @@ def test_the_command_says_what_failed(monkeypatch, capsys, tmp_path):
     assert main([*command, "--model", "RFM"]) == 1
     said = capsys.readouterr()
     assert "broken on wine (50 rows): InvalidParameterError" in said.err and "RFM" in said.out
-    assert main(command) == 1 and len(pd.read_csv(csv)) == 1
+    assert main(command) == 1 and len(read_measures(csv)) == 2
+    csv.unlink()
+    assert main(command) == 1 and len(read_measures(csv)) == 1
     assert "no row has a score" in capsys.readouterr().err
 
 
@@ -377,7 +449,7 @@ def test_the_stored_run_is_whole():
         pytest.skip("no stored run")
     assert not stored.duplicated(["task", "n", "seed", "model"]).any()
     assert stored["error"].isna().all() and set(stored["n"]) == {1000, 5000}
-    rows = stored[~stored["model"].isin(TUNED)]
+    assert set(stored["model"]) <= set(LEARNERS | REFERENCES | TUNED)
+    rows = stored[stored["model"].isin(LEARNERS)]
     assert set(rows["model"]) == set(LEARNERS) and rows["task"].nunique() == 30
-    assert set(stored["model"]) - set(LEARNERS) == set(TUNED)
     assert measures_text(stored).count("\n") == len(stored) + 1

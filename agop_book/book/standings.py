@@ -6,6 +6,8 @@
 __all__ = ['calibration_error', 'scores_at', 'score_table', 'standings', 'draw_standings']
 
 # %% ../../nbs/book/standings.ipynb #1bd6ee33
+import time
+
 import numpy as np
 import pandas as pd
 from sklearn.metrics import accuracy_score, log_loss, r2_score
@@ -13,6 +15,9 @@ from sklearn.metrics import accuracy_score, log_loss, r2_score
 from .ranks import accuracy_table, rank_diagram
 
 # %% ../../nbs/book/standings.ipynb #99076568
+_LEAST = 1e-15    # what a probability of 0 costs is its logarithm, not infinity
+
+
 def calibration_error(
     y,               # (m,) classes
     P,               # (m, c) probabilities
@@ -26,16 +31,15 @@ def calibration_error(
     return float(np.abs(gap).sum() / len(sure))
 
 
-def _class_scores(model, X, y):
-    "Accuracy, and what the probabilities are worth where the model gives any."
-    found = {"score": float(accuracy_score(y, np.ravel(model.predict(X))))}
-    if not hasattr(model, "predict_proba"): return found
+def _probability_scores(model, X, y):
+    "What the probabilities are worth, where the model gives any."
+    if not hasattr(model, "predict_proba"): return {}
     P, classes = np.asarray(model.predict_proba(X), np.float64), np.asarray(model.classes_)
     every = np.union1d(classes, y)
-    whole = np.zeros((len(P), len(every)))
-    whole[:, np.searchsorted(every, classes)] = P
+    whole = np.full((len(P), len(every)), _LEAST)
+    whole[:, np.searchsorted(every, classes)] = P.clip(_LEAST, 1)
     loss = log_loss(y, whole, labels=every) if len(every) > 1 else 0.0
-    return found | {"log_loss": float(loss), "ece": calibration_error(y, P, classes)}
+    return {"log_loss": float(loss), "ece": calibration_error(y, P, classes)}
 
 
 def scores_at(
@@ -44,10 +48,14 @@ def scores_at(
     y,                 # (m,) their targets
     regression: bool,  # which kind of table it is
 ) -> dict:
-    "`score` (R2 or accuracy), `log_loss` and `ece` (None where there are no probabilities)."
-    empty = {"score": None, "log_loss": None, "ece": None}
-    if regression: return empty | {"score": float(r2_score(y, np.ravel(model.predict(X))))}
-    return empty | _class_scores(model, X, y)
+    """`score` (R2 or accuracy), `predict`, the seconds of the predictions, and of the probabilities
+    `log_loss` and `ece` (None where there are none)."""
+    start = time.perf_counter()
+    found = np.ravel(model.predict(X))
+    seconds = round(time.perf_counter() - start, 4)
+    score = float((r2_score if regression else accuracy_score)(y, found))
+    scores = {"score": score, "log_loss": None, "ece": None, "predict": seconds}
+    return scores if regression else scores | _probability_scores(model, X, y)
 
 # %% ../../nbs/book/standings.ipynb #3c05e5d8
 _NAMES = {"score": "accuracy"}    # what the ranks of the 121 tasks call it
@@ -71,7 +79,8 @@ def _standing(rows, base):
         found[f"over {base}"] = scores.gt(scores[base], axis=0).sum()
     same = rows[rows["task"].isin(scores.index) & rows["model"].isin(scores)].groupby("model")
     found |= {"log-loss": same["log_loss"].mean(), "ECE": same["ece"].mean()}
-    found |= {"fit seconds": same["fit"].sum(), "tables": len(scores)}
+    found |= {"fit seconds": same["fit"].sum(), "predict seconds": same["predict"].sum()}
+    found["tables"] = len(scores)
     return pd.DataFrame(found).sort_values("rank")
 
 

@@ -18,8 +18,9 @@ from sklearn.model_selection import KFold, StratifiedKFold, train_test_split
 from threadpoolctl import threadpool_limits
 
 from .load import load
-from .peers import LEARNERS, TUNED
+from .peers import LEARNERS, REFERENCES, TUNED
 from .pmlb import pmlb_tables
+from .records import device_label
 from .standings import scores_at
 
 # %% ../../nbs/book/trials.ipynb #cfae7bfc
@@ -96,20 +97,22 @@ def measure(
     task: str,      # name of the table
     n: int,         # training rows
     seed: int,      # of the split and of the learner
-    model: str,     # a name of `LEARNERS` or `TUNED`
+    model: str,     # a name of `LEARNERS`, `REFERENCES` or `TUNED`
     params: dict,   # for the call; empty: the default call
     version: str,   # of the learner: finished rows answer for it
 ) -> dict:
-    "Scores of one learner on the test rows of one table, and the seconds of its `fit`."
+    "Scores of one learner on the test rows of one table, the seconds, and where it ran."
     X, y, X_test, y_test, regression = read_split(task, n, seed)
-    learner = (LEARNERS | TUNED)[model]
+    learner = (LEARNERS | REFERENCES | TUNED)[model]
 
     def run():
         fitted, seconds = _fitted(learner, X, y, (regression, seed, params))
         return {"fit": seconds, **scores_at(fitted, X_test, y_test, regression)}
 
-    empty = dict.fromkeys(("fit", "score", "log_loss", "ece"))
-    return {"kind": "regression" if regression else "classification", **_attempt(run, empty)}
+    about = {"kind": "regression" if regression else "classification", "rows": len(X),
+             "p": X.shape[1], "device": device_label() if learner.is_ours else "cpu"}
+    empty = dict.fromkeys(("fit", "predict", "score", "log_loss", "ece"))
+    return {**about, **_attempt(run, empty)}
 
 
 def cross_validate(

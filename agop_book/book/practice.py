@@ -162,8 +162,8 @@ def _parser():
     add("tasks", nargs="*", metavar="TABLE",
         help="names, such as diabetes or pmlb/cls__churn; none: all that are on this machine")
     add("--model", action="append", metavar="NAME",
-        help=f"may be given several times; default: {'; '.join(LEARNERS)}, as far as their "
-             f"packages are installed; there are also {'; '.join(REFERENCES)}")
+        help=f"may be given several times; default: {'; '.join(LEARNERS)} (those that are "
+             f"installed); others: {'; '.join(REFERENCES)}")
     add("--n", action="append", type=int, metavar="N",
         help="training rows; may be given several times; default: 1000 and 5000")
     add("--seeds", type=int, default=1, metavar="N", help="splits of every table")

@@ -79,7 +79,7 @@ def _standing(rows, base):
         found[f"over {base}"] = scores.gt(scores[base], axis=0).sum()
     same = rows[rows["task"].isin(scores.index) & rows["model"].isin(scores)].groupby("model")
     found |= {"log-loss": same["log_loss"].mean(), "ECE": same["ece"].mean()}
-    found |= {"fit seconds": same["fit"].sum(), "predict seconds": same["predict"].sum()}
+    found |= {f"{name} seconds": same[name].sum(min_count=1) for name in ("fit", "predict")}
     found["tables"] = len(scores)
     return pd.DataFrame(found).sort_values("rank")
 
@@ -91,7 +91,7 @@ def standings(
     """Mean score, mean rank, tables won against `base`, log-loss, calibration error and seconds.
 
     Sums of seconds and means are over the tables on which every model has a score."""
-    parts = {key: _standing(part, base) for key, part in rows.groupby(["kind", "n"], sort=False)}
+    parts = {key: _standing(part, base) for key, part in rows.groupby(["kind", "n"])}
     return pd.concat(parts, names=["kind", "n", "model"])
 
 
@@ -100,7 +100,7 @@ def draw_standings(
 ):                         # matplotlib Figure
     "A critical-difference diagram for each kind and size."
     import matplotlib.pyplot as plt
-    parts = dict(list(rows.groupby(["kind", "n"], sort=False)))
+    parts = dict(list(rows.groupby(["kind", "n"])))
     shape = len(parts), 1
     fig, axes = plt.subplots(*shape, figsize=(9, 2.4 * len(parts)), squeeze=False,
                              layout="constrained")

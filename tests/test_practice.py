@@ -408,6 +408,12 @@ def test_the_command(tmp_path, capsys):
     tuned = "HistGradientBoosting, tuned"
     assert rows["model"].tolist() == ["HistGradientBoosting", tuned, "random forest"]
     assert (rows["params"] == {}).all() and rows["error"].isna().all()
+    capsys.readouterr()
+    forest = rows["model"] == "random forest"
+    equal = rows.assign(score=rows.loc[forest, "score"].item())
+    csv.write_text(measures_text(equal[~forest]))  # the forest's row is that of the study
+    assert main([*argv, "random forest"]) == 0 and 45 * equal["score"][0] % 1
+    assert capsys.readouterr().out.count("   1.5   ") == 2
     csv.write_text("no rows\n")
     with pytest.raises(SystemExit):
         main([*argv, "random forest"])

@@ -218,6 +218,7 @@ def main(
             parser.error(str(error))
         if args.csv:
             write_atomic(args.csv, measures_text(rows).encode())
+            rows = read_measures(args.csv)    # all to the same digits, or ties would be none
         return _print(rows)
 
 

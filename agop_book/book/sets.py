@@ -10,6 +10,7 @@ import platform
 from functools import partial
 
 from .image_sets import IMAGE_SETS
+from .pmlb import PMLB_FILES, PMLB_FOLDERS, pmlb_table, pmlb_tables
 from .readers import bundled, digits, sample_photos
 from .samples import Row
 from .sources import Url
@@ -96,4 +97,17 @@ SETS["uci121"] = Row(
     example="abalone",
     remedy="unpack the authors' data.tar.gz (Fernández-Delgado et al. 2014, JMLR 15)"
     " so that uci121/abalone/abalone.txt exists",
+)
+SETS["pmlb"] = Row(
+    "{task} (Penn Machine Learning Benchmarks)",
+    "table",
+    pmlb_table,
+    n={"all": None},
+    files=PMLB_FILES,
+    at=PMLB_FOLDERS,
+    held=0.25,
+    variants=pmlb_tables,
+    example="reg__537_houses",
+    remedy="put tables of https://github.com/EpistasisLab/pmlb into pmlb/, regressions as"
+    " reg__NAME.tsv.gz, classifications as cls__NAME.tsv.gz",
 )

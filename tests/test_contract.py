@@ -52,13 +52,13 @@ from agop_book.maprfm import MapRFMClassifier, MapRFMRegressor
 from agop_book.transfer import TransferRFM
 
 IMAGE = dict(depth=1, patch_size=3, image_shape=(1, 4, 4), n_iter=1, random_state=0)
-SOURCE = RFMRegressor(n_iter=1).fit(
+SOURCE = RFMRegressor(bandwidth=10.0, n_iter=1).fit(
     *(lambda X: (X, X[:, 0] * X[:, 1]))(np.random.default_rng(9).normal(size=(60, 16)))
 )
 REGRESSORS = {
-    "RFM": RFMRegressor(n_iter=1),
-    "RFM diag, Matern": RFMRegressor(Matern52(4.0), n_iter=1, diag=True),
-    "RFM ntk": RFMRegressor("ntk", n_iter=1),
+    "RFM": RFMRegressor(bandwidth=10.0, n_iter=1),
+    "RFM diag, Matern": RFMRegressor(Matern52(4.0), bandwidth=10.0, n_iter=1, diag=True),
+    "RFM ntk": RFMRegressor("ntk", bandwidth=10.0, n_iter=1),
     "MapRFM diag": MapRFMRegressor(n_iter=1),
     "MapRFM shared": MapRFMRegressor("shared", channels=4, n_iter=2),
     "MapRFM separable": MapRFMRegressor("separable", channels=4, n_iter=1),
@@ -67,11 +67,11 @@ REGRESSORS = {
     "TransferRFM": TransferRFM(SOURCE, cv=None, weight=1.0),
 }
 CLASSIFIERS = {
-    "RFM": RFMClassifier(n_iter=1),
+    "RFM": RFMClassifier(bandwidth=10.0, n_iter=1),
     "MapRFM shared": MapRFMClassifier("shared", channels=4, n_iter=1),
     "ConvRFM": ConvRFMClassifier(**IMAGE),
     "DeepRFM": DeepRFMClassifier(**IMAGE | {"depth": 2}, padding="zero", width=4),
-    "TransferRFM": TransferRFM(SOURCE, RFMClassifier(n_iter=1), cv=None, weight=1.0),
+    "TransferRFM": TransferRFM(SOURCE, RFMClassifier(bandwidth=10.0, n_iter=1), cv=None, weight=1.0),
 }
 EVERY = {
     f"{kind} {name}": model
@@ -340,14 +340,14 @@ def test_meta_estimators_take_frames(name, meta):
 def test_displays_and_searches_take_frames():
     X = pd.DataFrame(rows(64)[:, :2], columns=["a", "b"], index=np.arange(64)[::-1])
     y = (X["a"] * X["b"] > 0).astype(int)
-    model = RFMClassifier(n_iter=1).fit(X, y)
+    model = RFMClassifier(bandwidth=10.0, n_iter=1).fit(X, y)
     assert inspection.DecisionBoundaryDisplay.from_estimator(
         model, X, grid_resolution=5
     ).response.shape == (5, 5)
     inspection.PartialDependenceDisplay.from_estimator(model, X, ["a"], grid_resolution=5)
     assert inspection.permutation_importance(model, X, y, n_repeats=2).importances.shape == (2, 2)
     assert feature_selection.SequentialFeatureSelector(
-        RFMClassifier(n_iter=0), n_features_to_select=1, cv=2
+        RFMClassifier(bandwidth=10.0, n_iter=0), n_features_to_select=1, cv=2
     ).fit(X, y).transform(X).shape == (64, 1)
     assert model_selection.cross_val_predict(
         model, X, y, cv=2, method="decision_function"
@@ -386,8 +386,8 @@ def test_predictions_do_not_depend_on_other_rows(name, dtype):
 @pytest.mark.parametrize(
     "model",
     [
-        RFMRegressor(n_iter=3),
-        RFMRegressor(n_iter=3, diag=True),
+        RFMRegressor(bandwidth=10.0, n_iter=3),
+        RFMRegressor(bandwidth=10.0, n_iter=3, diag=True),
         MapRFMRegressor("shared", channels=2, bandwidth=5.0),
     ],
     ids=["full", "diag", "shared"],
@@ -414,7 +414,7 @@ def test_rows_far_from_the_others_keep_their_distances():
     X[:, 0] = 1e6 * (np.arange(300) % 2)
     y = np.sin(2 * X[:, 1]) + X[:, 2]
     single, double = (
-        RFMRegressor(n_iter=0).fit(X[:200].astype(t), y[:200]).score(X[200:].astype(t), y[200:])
+        RFMRegressor(bandwidth=10.0, n_iter=0).fit(X[:200].astype(t), y[:200]).score(X[200:].astype(t), y[200:])
         for t in (np.float32, np.float64)
     )
     assert double > 0.8 and abs(single - double) < 1e-3
@@ -426,8 +426,8 @@ def test_agop_is_not_moved_by_a_far_row_elsewhere():
     far[7, 2] = 1e6
     y = X[:, 0] * X[:, 1]
     for kernel in (Laplace(5.0), Matern52(5.0)):
-        single = RFMRegressor(kernel, n_iter=2).fit(far, y).M_
-        double = RFMRegressor(kernel, n_iter=2).fit(far.astype(np.float64), y).M_
+        single = RFMRegressor(kernel, bandwidth=10.0, n_iter=2).fit(far, y).M_
+        double = RFMRegressor(kernel, bandwidth=10.0, n_iter=2).fit(far.astype(np.float64), y).M_
         np.testing.assert_allclose(single, double, atol=2e-3 * np.abs(double).max())
 
 
@@ -486,7 +486,7 @@ def test_agop_equals_differences(name):
 
 def test_agop_of_two_classes():
     X = rows()
-    for model in (RFMClassifier(n_iter=1), MapRFMClassifier("shared", channels=4, n_iter=1)):
+    for model in (RFMClassifier(bandwidth=10.0, n_iter=1), MapRFMClassifier("shared", channels=4, n_iter=1)):
         model.fit(X, X[:, 0] > 0)
         closed, other = agop(model, X[:10]), agop(model, X[:10], method="differences")
         np.testing.assert_allclose(closed, other, atol=2e-3 * np.abs(other).max())
@@ -529,7 +529,7 @@ def test_files_give_back_the_same_model(name, tmp_path):
 )
 def test_classes_of_any_kind_survive_a_file(classes, tmp_path):
     X = rows()
-    model = RFMClassifier(n_iter=0).fit(X, classes[(X[:, 0] > 0).astype(int)])
+    model = RFMClassifier(bandwidth=10.0, n_iter=0).fit(X, classes[(X[:, 0] > 0).astype(int)])
     model.save(tmp_path / "m")
     again = RFMClassifier.load(tmp_path / "m")
     assert (
@@ -563,7 +563,7 @@ def test_damage_is_found(name, tmp_path):
 
 
 def test_many_writers_of_one_file(tmp_path):
-    models = [RFMRegressor(n_iter=0).fit(rows(seed=s), rows(seed=s)[:, 0]) for s in range(4)]
+    models = [RFMRegressor(bandwidth=10.0, n_iter=0).fit(rows(seed=s), rows(seed=s)[:, 0]) for s in range(4)]
     found = []
 
     def save(model):
@@ -723,11 +723,11 @@ def test_bad_parameters_are_refused(name, params):
     "make, what",
     [
         (
-            lambda: RFMRegressor().fit(np.zeros((3, 60_000), np.float32), np.arange(3)),
+            lambda: RFMRegressor(bandwidth=10.0).fit(np.zeros((3, 60_000), np.float32), np.arange(3)),
             "60,000 features",
         ),
         (
-            lambda: RFMClassifier(memory_limit=2**31).fit(
+            lambda: RFMClassifier(bandwidth=10.0, memory_limit=2**31).fit(
                 np.arange(60_000.0)[:, None], np.arange(60_000)
             ),
             "60,000 outputs",
@@ -831,19 +831,19 @@ def test_labels_that_are_missing_or_do_not_compare(labels):
         match="^y (contains missing labels|holds labels)|Input y contains NaN|"
         "[Uu]nknown label type|mix of label",
     ):
-        RFMClassifier(n_iter=0).fit(rows(), labels)
+        RFMClassifier(bandwidth=10.0, n_iter=0).fit(rows(), labels)
 
 
 def test_no_ridge_mends_a_matrix_of_nothing():
     with pytest.raises(ValueError, match="nothing but zeros"):
-        RFMRegressor("ntk", n_iter=0, reg=0).fit(np.zeros((5, 2)), np.arange(5.0))
+        RFMRegressor("ntk", bandwidth=10.0, n_iter=0, reg=0).fit(np.zeros((5, 2)), np.arange(5.0))
     for kernel in (Matern52(0.01), Laplace(1e-100)):
         X = rows(dtype=np.float32)
         X[0, 0] = 1e18
         assert np.isfinite(kernel(X)).all()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            assert np.isfinite(RFMRegressor(kernel, n_iter=0).fit(X, X[:, 1]).predict(X)).all()
+            assert np.isfinite(RFMRegressor(kernel, bandwidth=10.0, n_iter=0).fit(X, X[:, 1]).predict(X)).all()
     with pytest.raises(ValueError, match="bandwidth"):
         Laplace(1e-320)
 
@@ -851,10 +851,10 @@ def test_no_ridge_mends_a_matrix_of_nothing():
 def test_warm_start_with_other_columns_starts_afresh():
     X = pd.DataFrame(rows(), columns=[f"f{i}" for i in range(16)])
     y = X["f0"] * X["f1"]
-    model = RFMRegressor(n_iter=2, warm_start=True).fit(X, y)
+    model = RFMRegressor(bandwidth=10.0, n_iter=2, warm_start=True).fit(X, y)
     with pytest.warns(UserWarning, match="starting afresh"):
         model.fit(X[X.columns[::-1]], y)
-    np.testing.assert_allclose(model.M_, RFMRegressor(n_iter=2).fit(X[X.columns[::-1]], y).M_)
+    np.testing.assert_allclose(model.M_, RFMRegressor(bandwidth=10.0, n_iter=2).fit(X[X.columns[::-1]], y).M_)
 
 
 def test_files_that_load_could_not_open_are_not_written(tmp_path):
@@ -862,7 +862,7 @@ def test_files_that_load_could_not_open_are_not_written(tmp_path):
         pass
 
     with pytest.raises(ValueError, match="class of your own"):
-        RFMRegressor(Own(3.0), n_iter=0).fit(rows(), rows()[:, 0]).save(tmp_path / "m")
+        RFMRegressor(Own(3.0), bandwidth=10.0, n_iter=0).fit(rows(), rows()[:, 0]).save(tmp_path / "m")
     model = MapRFMRegressor(
         n_iter=0, reg=np.array([1e-3, 1e-2]), validation_fraction=0.3, random_state=0
     ).fit(rows(), rows()[:, 0])
@@ -914,26 +914,26 @@ def test_whole_files_of_nonsense(name, spoil, tmp_path):
 def test_a_collapsed_fit_warns_and_says_why():
     X, y = rows(), rows()[:, 0]
     with pytest.warns(UserWarning, match="M_ is zero.*apart, where the kernel is 0 "):
-        RFMRegressor("gaussian", n_iter=1).fit(1e6 * X, y)
+        RFMRegressor("gaussian", bandwidth=10.0, n_iter=1).fit(1e6 * X, y)
     f = 1e3 * np.sin(3 * X[:, 0]) * X[:, 1]
     with pytest.warns(UserWarning, match="nearest neighbour is typically .*standardise y"):
-        RFMRegressor(n_iter=1).fit(X, f)
+        RFMRegressor(bandwidth=10.0, n_iter=1).fit(X, f)
     with pytest.warns(UserWarning, match="R2 is .*on the training rows.*standardise y"):
-        RFMRegressor(n_iter=0, reg=1e4).fit(X, y)
+        RFMRegressor(bandwidth=10.0, n_iter=0, reg=1e4).fit(X, y)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        RFMRegressor(n_iter=2).fit(X, y)
+        RFMRegressor(bandwidth=10.0, n_iter=2).fit(X, y)
 
 
 def test_transfer_from_a_machine_on_maps():
     X, y = rows(), rows()[:, 0]
     for name in ("regressor MapRFM diag", "regressor MapRFM separable"):
         assert TransferRFM(
-            FITTED[name], RFMRegressor(diag=True, n_iter=0), cv=None, weight=1.0
+            FITTED[name], RFMRegressor(bandwidth=10.0, diag=True, n_iter=0), cv=None, weight=1.0
         ).fit(X, y).predict(X).shape == (48,)
     full = TransferRFM(
         FITTED["regressor MapRFM shared"],
-        RFMRegressor(n_iter=0),
+        RFMRegressor(bandwidth=10.0, n_iter=0),
         cv=None,
         weight=1.0,
         identity=0.0,

@@ -117,11 +117,11 @@ assert agop_book.__file__.startswith(sys.argv[1])
 from agop_book.rfm import RFMClassifier, RFMRegressor
 X = np.random.default_rng(0).normal(size=(300, 5))
 y = X[:, 0] * X[:, 1]
-plain, rfm = (RFMRegressor(n_iter=n).fit(X[:200], y[:200]) for n in (0, 3))
+plain, rfm = (RFMRegressor(bandwidth=10.0, n_iter=n).fit(X[:200], y[:200]) for n in (0, 3))
 assert rfm.predict(X).shape == (300,)
 assert rfm.score(X[200:], y[200:]) > plain.score(X[200:], y[200:])
 labels = np.where(y > 0, "plus", "minus")
-assert RFMClassifier().fit(X[:200], labels[:200]).score(X[200:], labels[200:]) > 0.7
+assert RFMClassifier(bandwidth=10.0).fit(X[:200], labels[:200]).score(X[200:], labels[200:]) > 0.7
 
 from agop_book.agop import agop
 A = agop(lambda x: x[:, :1] * x[:, 1:2], X[:, :3], center=False)

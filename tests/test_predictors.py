@@ -134,7 +134,7 @@ def test_classifiers_constant_features_and_steps(table):
     "wrap", [lambda m: m, lambda m: make_pipeline(StandardScaler(), m)], ids=["alone", "pipeline"]
 )
 @pytest.mark.parametrize(
-    "model", [RFMRegressor(n_iter=1), SVR()], ids=["closed form", "differences"]
+    "model", [RFMRegressor(bandwidth=10.0, n_iter=1), SVR()], ids=["closed form", "differences"]
 )
 def test_frames_with_other_columns_are_refused_as_predict_refuses_them(table, model, wrap):
     frame = pd.DataFrame(table[0][:60], columns=list("abcd"))
@@ -315,7 +315,7 @@ def test_polars_frames(frame):
 def test_estimators_of_half_precision_rows(table):
     X, y = table[0][:80], table[1][:80]
     half = torch.tensor(X).bfloat16()
-    assert agop(RFMRegressor(n_iter=0).fit(X, y), half).dtype == torch.float32
+    assert agop(RFMRegressor(bandwidth=10.0, n_iter=0).fit(X, y), half).dtype == torch.float32
     A = agop(LinearRegression().fit(X, y), half).numpy()
     assert np.allclose(A[0, 0], 4, rtol=1e-2)
 

@@ -30,7 +30,7 @@ from agop_book.structures import Diagonal, Full
 
 
 @parametrize_with_checks(
-    [RFMRegressor(), RFMClassifier(), RFMRegressor(diag=True), RFMClassifier(kernel="ntk")]
+    [RFMRegressor(), RFMClassifier(), RFMRegressor(bandwidth=10.0, diag=True), RFMClassifier(bandwidth=10.0, kernel="ntk")]
 )
 def test_sklearn(estimator, check):
     check(estimator)
@@ -140,11 +140,11 @@ def test_families_in_and_out(family):
         "torch": torch.from_numpy,
     }[family]
     kind = torch.Tensor if family == "torch" else np.ndarray
-    model = RFMRegressor(n_iter=1).fit(convert(X), convert(Y))
+    model = RFMRegressor(bandwidth=10.0, n_iter=1).fit(convert(X), convert(Y))
     for out in (model.predict(convert(X)), model.transform(convert(X))):
         assert isinstance(out, kind) and len(out) == 40
     np.testing.assert_allclose(
-        np.asarray(model.predict(convert(X))), RFMRegressor(n_iter=1).fit(X, Y).predict(X)
+        np.asarray(model.predict(convert(X))), RFMRegressor(bandwidth=10.0, n_iter=1).fit(X, Y).predict(X)
     )
     if family == "pandas":
         assert list(model.feature_names_in_) == ["f0", "f1", "f2", "f3"]
@@ -153,7 +153,7 @@ def test_families_in_and_out(family):
             f"rfmregressor{i}" for i in range(4)
         ]
         labels = pd.Series(np.where(Y[:, 0] > 0, "up", "down"), name="direction")
-        out = RFMClassifier(n_iter=1).fit(convert(X), labels).predict(convert(X))
+        out = RFMClassifier(bandwidth=10.0, n_iter=1).fit(convert(X), labels).predict(convert(X))
         assert isinstance(out, np.ndarray) and set(out) <= {"up", "down"}
 
 
@@ -184,7 +184,7 @@ def test_shapes_dtypes_and_devices(n, d, c, n_iter, diag, name, dtype, device, s
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # few or equal rows may need a larger ridge
-        model = RFMRegressor(name, n_iter=n_iter, diag=diag, device=device).fit(
+        model = RFMRegressor(name, bandwidth=10.0, n_iter=n_iter, diag=diag, device=device).fit(
             X, Y if c > 1 else Y[:, 0]
         )
     f, Z = model.predict(X), model.transform(X)
@@ -201,13 +201,13 @@ def test_shapes_dtypes_and_devices(n, d, c, n_iter, diag, name, dtype, device, s
 def test_transform_carries_the_metric():
     X, y = problem(50)
     for diag in (False, True):
-        model = RFMRegressor(n_iter=2, diag=diag).fit(X, y)
+        model = RFMRegressor(bandwidth=10.0, n_iter=2, diag=diag).fit(X, y)
         Z = model.transform(X)
         M = np.diag(model.M_) if diag else model.M_
         np.testing.assert_allclose(Z @ Z.T, X @ M @ X.T, atol=1e-10)
         np.testing.assert_allclose(Laplace(10.0)(Z), Laplace(10.0)(X, M=model.M_), atol=1e-6)
     frame = (
-        make_pipeline(StandardScaler(), RFMRegressor(n_iter=1))
+        make_pipeline(StandardScaler(), RFMRegressor(bandwidth=10.0, n_iter=1))
         .set_output(transform="pandas")
         .fit(X, y)
         .transform(X)
@@ -219,15 +219,15 @@ def test_validation_keeps_the_best_round():
     X, y = problem(120, 6)
     rng = np.random.default_rng(0)
     X_val, y_val = problem(60, 6, seed=1)
-    model = RFMRegressor(n_iter=4, reg=1e-2).fit(X, y + rng.normal(size=120), X_val, y_val)
+    model = RFMRegressor(bandwidth=10.0, n_iter=4, reg=1e-2).fit(X, y + rng.normal(size=120), X_val, y_val)
     scores = model.history_["val_score"]
     assert len(scores) == 5 and model.best_round_ == scores.idxmax()
     assert model.score(X_val, y_val) == pytest.approx(scores.max())
-    alone = RFMRegressor(n_iter=model.best_round_, reg=1e-2).fit(
+    alone = RFMRegressor(bandwidth=10.0, n_iter=model.best_round_, reg=1e-2).fit(
         X, y + np.random.default_rng(0).normal(size=120)
     )
     np.testing.assert_allclose(alone.predict(X_val), model.predict(X_val))
-    held = RFMClassifier(n_iter=2, validation_fraction=0.3, random_state=3)
+    held = RFMClassifier(bandwidth=10.0, n_iter=2, validation_fraction=0.3, random_state=3)
     X, y = load_iris(return_X_y=True)
     first, second = clone(held).fit(X, y), clone(held).fit(X, y)
     assert (
@@ -238,7 +238,7 @@ def test_validation_keeps_the_best_round():
 
 def test_history_says_what_each_round_did():
     X, y = problem(80)
-    history = RFMRegressor(n_iter=3).fit(X, y).history_
+    history = RFMRegressor(bandwidth=10.0, n_iter=3).fit(X, y).history_
     assert list(history.columns) == [
         "round",
         "train_score",
@@ -248,7 +248,7 @@ def test_history_says_what_each_round_did():
         "effective_rank",
         "seconds",
     ] and list(history["round"]) == [0, 1, 2, 3]
-    model = RFMRegressor(n_iter=3, reg=0.5).fit(X, y)
+    model = RFMRegressor(bandwidth=10.0, n_iter=3, reg=0.5).fit(X, y)
     assert model.history_["train_score"].iloc[-1] == pytest.approx(model.score(X, y), abs=1e-9)
     assert model.history_["effective_rank"].iloc[0] == pytest.approx(4)
 
@@ -256,7 +256,7 @@ def test_history_says_what_each_round_did():
 def test_search_clone_and_joblib(tmp_path):
     X, y = load_iris(return_X_y=True)
     search = GridSearchCV(
-        make_pipeline(StandardScaler(), RFMClassifier(n_iter=1)),
+        make_pipeline(StandardScaler(), RFMClassifier(bandwidth=10.0, n_iter=1)),
         {"rfmclassifier__bandwidth": [2.0, 10.0], "rfmclassifier__kernel": ["laplace", NTK(2)]},
         cv=3,
     ).fit(X, y)
@@ -271,7 +271,7 @@ def test_search_clone_and_joblib(tmp_path):
 def test_save_and_load_without_pickle(tmp_path, options):
     X, y = load_iris(return_X_y=True, as_frame=True)
     for labels in (y, y.map({0: "a", 1: "b", 2: "c"})):
-        model = RFMClassifier(n_iter=options.pop("n_iter", 2), **options).fit(X, labels)
+        model = RFMClassifier(bandwidth=10.0, n_iter=options.pop("n_iter", 2), **options).fit(X, labels)
         model.save(tmp_path / "model")
         again = RFMClassifier.load(tmp_path / "model")
         np.testing.assert_array_equal(again.predict(X), model.predict(X))
@@ -291,7 +291,7 @@ def test_save_and_load_without_pickle(tmp_path, options):
 def test_damaged_and_wrong_files(tmp_path):
     X, y = problem(30)
     path = tmp_path / "model"
-    RFMRegressor(n_iter=1).fit(X, y).save(path)
+    RFMRegressor(bandwidth=10.0, n_iter=1).fit(X, y).save(path)
     with pytest.raises(ValueError, match="holds a RFMRegressor"):
         RFMClassifier.load(path)
     path.write_bytes(path.read_bytes()[:-50])
@@ -303,12 +303,12 @@ def test_damaged_and_wrong_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="no model file"):
         RFMRegressor.load(tmp_path / "none")
     with pytest.raises(OSError):
-        RFMRegressor(n_iter=0).fit(X, y).save(tmp_path / "no" / "folder")
+        RFMRegressor(bandwidth=10.0, n_iter=0).fit(X, y).save(tmp_path / "no" / "folder")
 
 
 def test_interrupted_fit_keeps_finished_rounds_and_resumes(monkeypatch):
     X, y = problem(80)
-    whole = RFMRegressor(n_iter=4).fit(X, y)
+    whole = RFMRegressor(bandwidth=10.0, n_iter=4).fit(X, y)
     prepare, calls = CholeskySolver.prepare, []
 
     def interrupted(self, *args):
@@ -317,7 +317,7 @@ def test_interrupted_fit_keeps_finished_rounds_and_resumes(monkeypatch):
             raise KeyboardInterrupt
         return prepare(self, *args)
 
-    model = RFMRegressor(n_iter=4, warm_start=True)
+    model = RFMRegressor(bandwidth=10.0, n_iter=4, warm_start=True)
     monkeypatch.setattr(CholeskySolver, "prepare", interrupted)
     with pytest.raises(KeyboardInterrupt):
         model.fit(X, y)
@@ -374,7 +374,7 @@ def test_warm_start_goes_on_from_the_kept_round():
     held = dict(
         X_val=X[60:], y_val=np.random.default_rng(1).normal(size=20)
     )  # targets that nothing predicts: the best round is any
-    model = RFMRegressor(n_iter=5, warm_start=True).fit(X[:60], y[:60], **held)
+    model = RFMRegressor(bandwidth=10.0, n_iter=5, warm_start=True).fit(X[:60], y[:60], **held)
     kept, best, M = model.history_, model.best_round_, model.M_
     model.fit(X[:60], y[:60], **held)
     assert model.best_round_ == best < 5, "the seed should leave the best round before the last"
@@ -385,20 +385,20 @@ def test_warm_start_goes_on_from_the_kept_round():
 def test_singular_gram_matrix_warns_and_fits():
     X, y = np.repeat(problem(20)[0], 2, axis=0), np.random.default_rng(0).normal(size=40)
     with pytest.warns(UserWarning, match="not positive definite with reg=0.*using reg="):
-        model = RFMRegressor(reg=0.0, n_iter=1).fit(X, y)
+        model = RFMRegressor(bandwidth=10.0, reg=0.0, n_iter=1).fit(X, y)
     assert np.isfinite(model.predict(X)).all() and (model.history_["reg"] > 0).all()
 
 
 def test_constant_feature_and_huge_bandwidth():
     X, y = problem(60)
     X = np.c_[X, np.ones(60)]
-    model = RFMRegressor(n_iter=3).fit(X, y)
+    model = RFMRegressor(bandwidth=10.0, n_iter=3).fit(X, y)
     assert abs(model.M_[-1]).max() < 1e-12 and model.score(X, y) > 0.99
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert np.isfinite(RFMRegressor(bandwidth=1e12, n_iter=2).fit(X, y).predict(X)).all()
         assert np.isfinite(RFMRegressor(bandwidth=1e-12, n_iter=2).fit(X, y).predict(X)).all()
-    assert np.isfinite(RFMRegressor(n_iter=2).fit(X, np.zeros(60)).predict(X)).all()
+    assert np.isfinite(RFMRegressor(bandwidth=10.0, n_iter=2).fit(X, np.zeros(60)).predict(X)).all()
 
 
 X, y = problem(20)
@@ -452,32 +452,32 @@ def test_bad_data(X_, y_, message):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises((ValueError, OverflowError), match=message):
-            RFMRegressor(n_iter=2).fit(X_, y_)
+            RFMRegressor(bandwidth=10.0, n_iter=2).fit(X_, y_)
 
 
 def test_bad_classes_and_validation_sets():
     with pytest.raises(ValueError, match="only one class"):
-        RFMClassifier().fit(X, np.zeros(20))
+        RFMClassifier(bandwidth=10.0).fit(X, np.zeros(20))
     with pytest.raises(ValueError, match="Unknown label type"):
-        RFMClassifier().fit(X, y)
+        RFMClassifier(bandwidth=10.0).fit(X, y)
     with pytest.raises(ValueError, match="only X_val was given"):
-        RFMClassifier().fit(X, LABELS, X)
+        RFMClassifier(bandwidth=10.0).fit(X, LABELS, X)
     with pytest.raises(ValueError, match="y_val holds the class 7"):
-        RFMClassifier().fit(X, LABELS, X, LABELS * 7)
+        RFMClassifier(bandwidth=10.0).fit(X, LABELS, X, LABELS * 7)
     with pytest.raises(ValueError, match="y_val contains NaN"):
-        RFMRegressor().fit(X, y, X, y * np.nan)
+        RFMRegressor(bandwidth=10.0).fit(X, y, X, y * np.nan)
     with pytest.raises(ValueError, match="3 features"):
-        RFMRegressor().fit(X, y, X[:, :3], y)
+        RFMRegressor(bandwidth=10.0).fit(X, y, X[:, :3], y)
     with pytest.raises(ValueError, match="inconsistent"):
-        RFMRegressor().fit(X, y, X, y[:5])
+        RFMRegressor(bandwidth=10.0).fit(X, y, X, y[:5])
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="no GPU"):
-            RFMRegressor(device="cuda").fit(X, y)
+            RFMRegressor(bandwidth=10.0, device="cuda").fit(X, y)
 
 
 def test_memory_error_names_size_and_what_fits():
     with pytest.raises(MemoryError, match=r"X with 20 rows.*GiB.*rows fit.*float32"):
-        RFMRegressor(memory_limit=1000).fit(X, y)
+        RFMRegressor(bandwidth=10.0, memory_limit=1000).fit(X, y)
     fits = int(
         str(pytest.raises(MemoryError, plan_memory, 100_000, 100, 1, 4, 2**33).value)
         .split("About ")[1]
@@ -494,13 +494,13 @@ import threading, time, numpy as np, psutil
 from agop_book.rfm import RFMRegressor
 from agop_book.solvers import plan_memory
 rng, me, peak, done = np.random.default_rng(0), psutil.Process(), 0, False
-X = rng.normal(size=(300, 50)); RFMRegressor(n_iter=1).fit(X, X[:, 0])
+X = rng.normal(size=(300, 50)); RFMRegressor(bandwidth=10.0, n_iter=1).fit(X, X[:, 0])
 X = rng.normal(size=(4000, 50)); before = me.memory_info().rss
 def watch():
     global peak
     while not done: peak = max(peak, me.memory_info().rss); time.sleep(0.005)
 thread = threading.Thread(target=watch); thread.start()
-RFMRegressor(n_iter=1).fit(X, X[:, 0] * X[:, 1]); done = True; thread.join()
+RFMRegressor(bandwidth=10.0, n_iter=1).fit(X, X[:, 0] * X[:, 1]); done = True; thread.join()
 print(peak - before, plan_memory(4000, 50, 1, 8, 2**40))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

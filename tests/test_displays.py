@@ -156,7 +156,7 @@ def test_rounds_of_several_tries(model):
     fitted = copy.copy(model)
     fitted.history_, fitted.best_round_ = pd.DataFrame(rows, columns=columns), 1
     display = draw(fitted, None, "rounds")
-    lines = {line.get_label(): line.get_ydata().tolist() for line in display.ax_.lines}
+    lines = {line.get_label(): list(line.get_ydata()) for line in display.ax_.lines}
     assert lines["validation rows"] == [0.4, 0.6, 0.5] and lines["kept"] == [0, 1]
     assert lines["not chosen"] == [0.1] and lines["_not chosen"] == [0.2, 0.3]
     fitted.history_["loss"] = [1, 8, 7, 6, 4, 5]

@@ -133,6 +133,7 @@ def _output(model, x, output, count):
 _UP = "#0072B2"
 _DOWN = "#D55E00"
 _REST = "#999999"
+_FAINT = "#cccccc"
 
 
 def _cut(table, top):
@@ -181,14 +182,19 @@ def _draw_directions(ax, table, facts, top):
 
 
 def _draw_rounds(ax, table, facts, top):
-    best = facts["best"]
+    tries = (table["round"].diff() <= 0).cumsum()      # of several, each begins at round 0
+    kept = tries[table["loss"].idxmin()] if "loss" in table else tries.min()
+    for k, (_, other) in enumerate(table[tries != kept].groupby(tries)):
+        label = "_not chosen" if k else "not chosen"    # the underscore: once in the legend
+        ax.plot(other["round"], other["val_score"], ".-", color=_FAINT, label=label)
+    table = table[tries == kept]
     for column, label, colour in (("train_score", "training rows", _REST),
                                   ("val_score", "validation rows", _UP)):
         scores = table.get(column, pd.Series(dtype=float)).astype(float)
         if scores.notna().any():
             ax.plot(table["round"], scores, "o-", color=colour, label=label)
-    if best is not None:
-        ax.axvline(best, color=_DOWN, linestyle="--", linewidth=1.2, label="kept")
+    if facts["best"] is not None:
+        ax.axvline(facts["best"], color=_DOWN, linestyle="--", linewidth=1.2, label="kept")
     ax.set(xlabel="round", ylabel=facts["score"])
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(loc="best", framealpha=0.8)

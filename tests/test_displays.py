@@ -1,5 +1,6 @@
 """Displays: what is on the axes is what was computed, text fits and is read as it is, bad input."""
 
+import copy
 import subprocess
 import sys
 
@@ -118,7 +119,8 @@ def test_importances(model, data):
     assert labels(display.ax_)[-1] == "9 others"
     assert np.allclose(widths(display.ax_)[:4], table["importance"][:4])
     assert widths(display.ax_).sum() == pytest.approx(1)
-    assert len(labels(display.plot(top=12).ax_)) == 13  # one other has its own bar
+    every = labels(display.plot(top=12).ax_)
+    assert len(every) == 13 and "1 others" not in every  # the last one has its own bar
 
 
 def test_interactions_and_directions(model):
@@ -145,6 +147,22 @@ def test_rounds(model, data, flowers):
     other = draw(flowers[1], None, "rounds").ax_
     assert other.get_ylabel() == "accuracy"
     assert [line.get_label() for line in other.lines] == ["training rows", "kept"]
+
+
+def test_rounds_of_several_tries(model):
+    "The try with the smallest loss is drawn as the one that was chosen, the others faintly."
+    columns = ["round", "val_score", "loss"]
+    rows = [(0, 0.1, 9), (0, 0.2, 8), (1, 0.3, 7), (0, 0.4, 6), (1, 0.6, 4), (2, 0.5, 5)]
+    fitted = copy.copy(model)
+    fitted.history_, fitted.best_round_ = pd.DataFrame(rows, columns=columns), 1
+    display = draw(fitted, None, "rounds")
+    lines = {line.get_label(): list(line.get_ydata()) for line in display.ax_.lines}
+    assert lines["validation rows"] == [0.4, 0.6, 0.5] and lines["kept"] == [0, 1]
+    assert lines["not chosen"] == [0.1] and lines["_not chosen"] == [0.2, 0.3]
+    fitted.history_["loss"] = [1, 8, 7, 6, 4, 5]
+    lines = {line.get_label(): line for line in draw(fitted, None, "rounds").ax_.lines}
+    assert lines["not chosen"].get_ydata().tolist() == [0.2, 0.3]
+    assert list(lines["validation rows"].get_ydata()) == [0.1]
 
 
 @pytest.mark.parametrize("row", [0, 149, -1, np.int64(7)])

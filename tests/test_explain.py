@@ -128,6 +128,20 @@ def test_importances_are_those_of_the_definition(mixed):
     assert found[3] < 0.02 < found[[0, 1, 2]].min()
 
 
+def test_matrices_are_those_of_the_definition(mixed):
+    "Directions are eigenvectors of S^(1/2) G S^(1/2); pairs, blocks of the gradients' covariance."
+    model, X, _ = mixed
+    J = gradients(model, X) * np.sqrt(model.spread_)
+    values, vectors = np.linalg.eigh(J.T @ J / len(J))
+    found = directions(model, 1)
+    assert abs(found.vectors.to_numpy()[0] @ vectors[:, -1]) == pytest.approx(1, abs=1e-9)
+    assert found.shares[0] == pytest.approx(values[-1] / values.sum(), abs=1e-9)
+    C, owner = np.cov(J.T, bias=True), model.design_.groups_
+    pairs = interactions(model, "agop").set_index(["feature", "other"])["strength"]
+    block = C[np.ix_(owner == 0, owner == 1)]
+    assert pairs["size", "town"] == pytest.approx(np.linalg.norm(block) / np.trace(C), abs=1e-9)
+
+
 def test_importances_of_a_linear_function():
     "They are the squares of the slopes times the variances, whatever the units."
     X = np.random.default_rng(0).normal(size=(300, 3)) * [1, 1000, 0.01]
@@ -169,7 +183,8 @@ def with_weights(X, coef, weights):
     return model
 
 
-def test_a_weight_of_two_is_a_row_twice():
+def test_a_weight_of_two_is_a_row_twice(monkeypatch):
+    monkeypatch.setattr(E, "_AT_ONCE", 7 * 4)  # blocks of seven rows
     rng = np.random.default_rng(0)
     X, coef = rng.normal(size=(20, 4)), rng.normal(size=(20, 1))
     weights = rng.integers(0, 3, 20).astype(float)
@@ -186,6 +201,17 @@ def test_a_weight_of_two_is_a_row_twice():
     a, b = (interactions(model, "agop")["strength"] for model in (once, twice))
     assert np.abs(a - b).max() < 1e-12
     assert np.abs(explain(once, X) - explain(twice, X)).max() < 1e-12
+
+
+def test_rows_of_weight_zero_are_not_asked_about():
+    "Far rows of weight 0 change nothing: pairs are those of the machine without them."
+    rng = np.random.default_rng(0)
+    X, coef = rng.normal(size=(20, 3)), rng.normal(size=(20, 1))
+    weights = np.where(np.arange(20) < 15, 1.0, 0.0)
+    X, coef = np.concatenate([X[:15], X[15:] + 50]), np.where(weights > 0, coef.T, 0).T
+    moved = interactions(with_weights(X, coef, weights), random_state=0)
+    kept = interactions(with_weights(X[:15], coef[:15], None), random_state=0)
+    assert moved["strength"].to_numpy() == pytest.approx(kept["strength"].to_numpy(), rel=1e-9)
 
 
 def test_directions_name_the_columns():

@@ -138,7 +138,7 @@ class AdaptiveRFM(ChoosingRFM):
         check_is_fitted(self, "machine_")
         return self.design_.transform(self._valid(X))
 
-    def explain(self, X, steps=20):
+    def explain(self, X, steps=50):
         "What every feature adds to the outputs at `X`; see `agop_book.explain.explain`."
         return explain(self, X, steps)
 

@@ -264,7 +264,7 @@ class RFMDisplay:
                        kind="importances",   # or "directions", "interactions", "row", "rounds"
                        row=0,                # "row": which row of X
                        output=None,          # "row": a class, or the number of an output
-                       steps=20,             # "row": as for `explain`
+                       steps=50,             # "row": as for `explain`
                        k=3,                  # "directions": how many
                        top=10,               # bars at most
                        ax=None):             # matplotlib axes; None: a new figure

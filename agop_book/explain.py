@@ -63,7 +63,7 @@ def _weights(model):
 # %% ../nbs/workshop/explain.ipynb #d4acc9a4
 def explain(model,             # a fitted RFM
             X,                 # rows `(m, d)`, as for predict
-            steps: int = 20    # gradients along the line from the reference; 1: only at the row
+            steps: int = 50    # gradients along the line from the reference; 1: only at the row
             ):
     """What every feature adds to the outputs at `X`, in their units: array, or tensor for a tensor.
 
@@ -107,7 +107,7 @@ def _decided(model, values):
 # %% ../nbs/workshop/explain.ipynb #0d2149c3
 def additivity_gap(model,             # a fitted RFM
                    X,                 # rows `(m, d)`
-                   steps: int = 20    # as for `explain`
+                   steps: int = 50    # as for `explain`
                    ):
     """What explanations miss: f(x) - f(reference) - their sum, `(m,)` or `(m, c)`.
 

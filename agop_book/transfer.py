@@ -104,7 +104,7 @@ class TransferRFM(MetaEstimatorMixin, BaseEstimator):
         if not _takes_matrix(source):
             raise ValueError("learner=None takes the settings of the source, but source is a "
                              f"{type(source).__name__}, which takes no matrix to start from; pass "
-                             "a learner such as RFMClassifier(diag=True).")
+                             "a learner such as RFMClassifier(bandwidth=10.0, diag=True).")
         used = {}
         if hasattr(source, "history_"):
             used["reg"] = float(source.history_["reg"][source.best_round_])

@@ -91,6 +91,10 @@ class ChoosingRFM(KernelRFM):
         ridges = len(self._regs()) > 1 and not validated
         return self._is_adaptive() or lists or ridges or weighted and validated
 
+    def chooses(self):
+        "Whether fit chooses by itself and takes no matrix to start from."
+        return bool(self._is_open(validated=False, weighted=False))
+
     def _metrics(self):
         open_ = isinstance(self.metric, str) and self.metric == "auto" and not self.diag
         return ["full", "diag"] if open_ and self._is_adaptive() else super()._metrics()

@@ -84,6 +84,10 @@ class BaseRFM(Saved, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         return validate_data(self, self._rows(X), reset=False, dtype=[np.float64, np.float32],
                              ensure_all_finite=self._finite())
 
+    def chooses(self):
+        "Whether fit chooses by itself and takes no matrix to start from."
+        return False
+
     def _going_on(self):
         "What an earlier fit leaves to go on from; None: every fit starts afresh."
         return None

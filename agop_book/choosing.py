@@ -136,9 +136,12 @@ class ChoosingRFM(KernelRFM):
             lambda scale, codes: self._design(rows.X, rows.weights, scale, codes))
         search = self._search(part, rows.weights.mean(), designs, offset, unit, device)
         scales = self._scales(rows)
-        tried = self._ways(max(len(designs(*s).groups_) for s in scales), len(unit))
+        p = max(len(designs(*s).groups_) for s in scales)
+        tried = self._ways(p, len(unit))
         for way in tried:
             self._check_metric(X.shape[1], way.metric)
+            SOLVERS[self.solver].plan(len(rows.X), p, len(unit), X.itemsize, self._limit(device),
+                                      self._structure(p, way.metric))
         total = (len(scales) + len(tried) - 1) * (self.n_iter + 1)
         self._forget()
         with tqdm(total=total, disable=not self.verbose, desc=type(self).__name__) as bar:
@@ -165,11 +168,13 @@ class ChoosingRFM(KernelRFM):
             raise ValueError(f"X_val and y_val go together; only {given} was given.")
         if X_val is not None:
             X_val, y_val = self._check_val(X_val, y_val)
+            self._check_count(X_val)
             Y_val = self._encode(like_targets(y_val, y), np.float64)
             return rows.beside(X_val, Y_val, np.ones(len(X_val)))
         if self.validation_fraction is None: return rows.folds()
         whole = rows.weights
         out = rows.hold_out(self.validation_fraction)
+        self._check_count(out[0])
         part = rows.beside(*out)
         if self.refit is not False:
             rows.weights = whole

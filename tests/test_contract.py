@@ -655,6 +655,8 @@ HOSTILE = {
 def test_bad_rows_are_refused(name, kind):
     if kind == "NaN" and get_tags(EVERY[name]).input_tags.allow_nan:
         pytest.skip("missing numbers are welcome here")
+    if kind == "too large" and "adaptive" in name:
+        pytest.skip("a wild number is clipped")
     X = rows()
     y, bad = labels(name, X), HOSTILE[kind](X)
     with pytest.raises((ValueError, TypeError)) as caught:
@@ -784,7 +786,7 @@ def test_a_refused_fit_leaves_the_model_as_it_was(name):
     refused = [
         lambda: model.fit(rows(), y, rows(), None),
         lambda: model.fit(rows(), y[:20]),
-        lambda: model.fit(spoilt(rows(), np.nan), y),
+        lambda: model.fit(spoilt(rows(), np.inf), y),
     ]
     if name.startswith("classifier"):
         refused.append(lambda: model.fit(rows(), np.zeros(48)))

@@ -16,7 +16,7 @@ from sklearn.base import ClassifierMixin
 from sklearn.utils import check_random_state
 from tqdm import tqdm
 
-from .choices import Search, Way, ways
+from .choices import FULL_AT_MOST, Search, Way, ways
 from .columns import whole_codes
 from .crossfit import RIDGES, adapted, unit_metric
 from .design import Design, Identity
@@ -205,7 +205,8 @@ class ChoosingRFM(KernelRFM):
     def _structure_of(self, design, way):
         "What is kept of M: categories have blocks of their own in a diagonal."
         p = len(design.groups_)
-        if way.metric != "diag" or not design.blocks_ or "full" not in way.kernel.metrics:
+        square = "full" in way.kernel.metrics and p <= FULL_AT_MOST
+        if way.metric != "diag" or not design.blocks_ or not square:
             return self._structure(p, way.metric)
         owner = np.arange(p)
         for block in design.blocks_:
@@ -216,8 +217,9 @@ class ChoosingRFM(KernelRFM):
     def _scales(self, rows):
         "The scales of numbers to choose from."
         if not self._is_adaptive(): return [("plain", 0)]
-        codes = whole_codes(rows.X, self.frame_.categorical_, rows.weights, _CODES).any()
-        return list(product(("winsorised", "clipped"), (0, _CODES) if codes else (0,)))
+        count = whole_codes(rows.X, self.frame_.categorical_, rows.weights, _CODES).sum()
+        codes = (0, _CODES) if 0 < count * _CODES <= FULL_AT_MOST else (0,)
+        return list(product(("winsorised", "clipped"), codes))
 
     def _settle(self, search, rows, designs, offset, unit, device):
         "Solve on all rows with what was found, and keep it."

@@ -18,7 +18,7 @@ from .solvers import Fit
 from .structures import Full
 
 # %% ../nbs/workshop/crossfit.ipynb #67c5d2be
-_PAIRS = 700   # rows between which distances are taken: half a million pairs, a few milliseconds
+_PAIRS = 400   # rows between which distances are taken: their median is known to a few percent
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)   # k(x, x) is 1: from hardly any to all smoothing
 
 # %% ../nbs/workshop/crossfit.ipynb #ea28e8ec

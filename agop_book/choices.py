@@ -42,6 +42,14 @@ class Found(NamedTuple):
 # %% ../nbs/workshop/choices.ipynb #a1b7f490
 _L1_AT_MOST = 400   # columns times outputs: l1 distances and slopes take no matrix product
 FULL_AT_MOST = 1000   # columns: beyond, a square M costs more than it has brought
+_AUTO = (                        # kernel, bandwidth in typical distances, metric
+    ("matern32", 3.0, "diag"),   # the first judges scales
+    ("laplace", 1.0, "diag"),
+    ("laplace", 3.0, "full"),
+    ("matern32", 3.0, "full"),
+    ("l1_laplace", 1.0, "diag"),
+)
+_NAMED = ((3.0, "diag"), (1.0, "diag"), (3.0, "full"))   # for a kernel that was named
 
 # %% ../nbs/workshop/choices.ipynb #443f584e
 def ways(kernel: str,         # a name in `KERNELS`, or "auto"
@@ -52,23 +60,18 @@ def ways(kernel: str,         # a name in `KERNELS`, or "auto"
     "The ways to measure distances that are worth trying for a table."
     if p > FULL_AT_MOST and "diag" in metrics:
         metrics = ["diag"]
-    found = [Way(k, metric) for k, metric in _ways("laplace" if kernel == "auto" else kernel)
-             if metric in metrics]
-    if kernel == "auto" and "diag" in metrics and p * c <= _L1_AT_MOST:
-        found.append(Way(KERNELS["l1_laplace"](1.0), "diag"))
-    return found
+    named = [(kernel, *rest) for rest in _NAMED]
+    found = [Way(_with_bandwidth(KERNELS[name], bandwidth), metric)
+             for name, bandwidth, metric in (_AUTO if kernel == "auto" else named)
+             if metric in metrics and metric in KERNELS[name].metrics]
+    if kernel == "auto" and p * c > _L1_AT_MOST:
+        found = [way for way in found if way.kernel.bilinear]
+    return list(dict.fromkeys(found))
 
 
-def _ways(name):
-    "Kernels and metrics for the name of a kernel: wide first."
-    cls = KERNELS[name]
-    if "bandwidth" not in cls.__dataclass_fields__:
-        wide = narrow = cls()
-        pairs = [(wide, "diag"), (wide, "full")]
-    else:
-        wide, narrow = cls(3.0), cls(1.0)
-        pairs = [(wide, "diag"), (narrow, "diag"), (wide, "full")]
-    return [(k, metric) for k, metric in pairs if metric in k.metrics]
+def _with_bandwidth(cls, bandwidth):
+    "A kernel of a class; some have no bandwidth."
+    return cls(bandwidth) if "bandwidth" in cls.__dataclass_fields__ else cls()
 
 # %% ../nbs/workshop/choices.ipynb #13deaaec
 _GAIN = 0.005    # of the loss: a round that gains less is the last of a walk
@@ -89,6 +92,7 @@ class Search:
     center: bool = False      # take the mean gradient out
     relative: bool = True     # bandwidths count typical distances, and M is scaled
     step: Callable = int      # called after each fit, for a progress bar; int() does nothing
+    start: tuple | None = None      # of the ridges, those to begin a walk with; None: all
     best: Found = None
     rows: list = field(default_factory=list)
 
@@ -102,9 +106,16 @@ class Search:
         at = min(range(len(losses)), key=losses.__getitem__)
         self._finish(starts.pop(at))
         starts.clear()        # and their Gram matrices with them
+        if self.relative:
+            self.start = self._around(self.best.reg)
         for way in ways[1:]:
             self._finish(self.walk(Trial(*scales[at], way)))
         return self.best
+
+    def _around(self, reg):
+        "The ridges with which other walks begin: those around one that did well."
+        at = list(self.regs).index(reg)
+        return self.regs[max(0, at - 2) : at + 2]
 
     def _finish(self, walk):
         "Go to the end of a walk."
@@ -115,7 +126,7 @@ class Search:
         "Rounds of one trial; a relative search ends them where they gain little. Yields losses."
         Z = self.designs(trial.scale, trial.codes)
         folds = CrossFit(trial.way.kernel, Z, self.Y, self.weights, self.left_out, self.regs,
-                         self.structure(trial), self.center, self.relative)
+                         self.structure(trial), self.center, self.relative, self.start)
         least = float("inf")
         begun = time.perf_counter()
         for number, fit in enumerate(rounds(folds, self.n_iter, _least_loss)):

@@ -32,7 +32,7 @@ from .solvers import SOLVERS, first
 from .structures import Blocks
 
 # %% ../nbs/workshop/choosing.ipynb #8d73ae78
-_CHOOSE_ON = 2500   # rows at most: the search then takes as long as a few solves of twice as many
+_CHOOSE_ON = 2000   # rows at most: the search then takes as long as a few solves of twice as many
 _FOLDS = 3
 _CODES = 8   # whole numbers of 3 to so many values may be categories: both ways are tried
 
@@ -138,8 +138,9 @@ class ChoosingRFM(KernelRFM):
         scales = self._scales(rows)
         p = max(len(designs(*s).groups_) for s in scales)
         tried = self._ways(p, len(unit))
+        for metric in {way.metric for way in tried} or self._metrics():
+            self._check_metric(X.shape[1], metric)
         for way in tried:
-            self._check_metric(X.shape[1], way.metric)
             SOLVERS[self.solver].plan(len(rows.X), p, len(unit), X.itemsize, self._limit(device),
                                       self._structure(p, way.metric))
         total = (len(scales) + len(tried) - 1) * (self.n_iter + 1)

@@ -142,7 +142,9 @@ def test_rfm_starts_from_a_given_matrix(diag):
     np.testing.assert_allclose(
         first.M_, model.machine_.agop(center=True, diag=diag), rtol=1e-6, atol=1e-12
     )
-    going_on = RFMRegressor(bandwidth=10.0, n_iter=1, diag=diag, reg=1e-2, warm_start=True).fit(X, y)
+    going_on = RFMRegressor(bandwidth=10.0, n_iter=1, diag=diag, reg=1e-2, warm_start=True).fit(
+        X, y
+    )
     same(going_on.set_params(n_iter=0).fit(X, y, M=M), model, X)  # a given matrix starts afresh
 
 
@@ -154,7 +156,11 @@ def test_rfm_matrix_of_the_wrong_kind():
         RFMRegressor(bandwidth=10.0).fit(X, y, M=-np.eye(D))
     with pytest.raises(ValueError, match="diag=True"):
         RFMRegressor(bandwidth=10.0, diag=True).fit(X, y, M=np.eye(D))
-    same(RFMRegressor(bandwidth=10.0, n_iter=0).fit(X, y, M=np.ones(D)), RFMRegressor(bandwidth=10.0, n_iter=0).fit(X, y), X)
+    same(
+        RFMRegressor(bandwidth=10.0, n_iter=0).fit(X, y, M=np.ones(D)),
+        RFMRegressor(bandwidth=10.0, n_iter=0).fit(X, y),
+        X,
+    )
 
 
 def test_convrfm_starts_from_a_given_matrix(tmp_path):
@@ -218,7 +224,11 @@ def test_the_modes_meet(source):
     X = target(seed=5)[0]
     fixed = transfer(source, data, plain)
     same(transfer(source, data, plain, mode="initial"), fixed, X)
-    same(transfer(source, data, RFMRegressor(bandwidth=10.0, n_iter=2), mode="blend", weight=1.0), fixed, X)
+    same(
+        transfer(source, data, RFMRegressor(bandwidth=10.0, n_iter=2), mode="blend", weight=1.0),
+        fixed,
+        X,
+    )
     own = RFMRegressor(bandwidth=10.0, n_iter=2).fit(*data)
     same(
         transfer(source, data, RFMRegressor(bandwidth=10.0, n_iter=2), mode="blend", weight=0.0),
@@ -241,7 +251,13 @@ def test_the_modes_meet(source):
 def test_the_matrix_written_out(source):
     X, y = target()
     model = transfer(
-        source, (X, y), RFMRegressor(bandwidth=10.0, n_iter=1), mode="blend", weight=0.3, identity=0.2, power=0.5
+        source,
+        (X, y),
+        RFMRegressor(bandwidth=10.0, n_iter=1),
+        mode="blend",
+        weight=0.3,
+        identity=0.2,
+        power=0.5,
     )
 
     def unit(M):
@@ -259,7 +275,9 @@ def test_the_matrix_written_out(source):
 def test_a_diagonal_source_serves_a_full_learner_and_its_own_kind():
     data = target()
     diagonal = RFMRegressor(bandwidth=10.0, n_iter=2, diag=True).fit(*task(n=200))
-    full = transfer(diagonal, data, RFMRegressor(bandwidth=10.0, n_iter=1), mode="blend", weight=0.5)
+    full = transfer(
+        diagonal, data, RFMRegressor(bandwidth=10.0, n_iter=1), mode="blend", weight=0.5
+    )
     assert full.M_.shape == (D, D)
     alike = transfer(diagonal, data, mode="blend", weight=0.5)
     assert alike.M_.shape == (D,) and alike.learner_.diag
@@ -272,7 +290,9 @@ def test_a_diagonal_source_serves_a_full_learner_and_its_own_kind():
 
 def test_single_precision(source):
     X, y = target()
-    single = RFMRegressor(bandwidth=10.0, n_iter=3).fit(*(a.astype(np.float32) for a in task(n=400)))
+    single = RFMRegressor(bandwidth=10.0, n_iter=3).fit(
+        *(a.astype(np.float32) for a in task(n=400))
+    )
     for M in (
         single,
         single.M_,
@@ -323,15 +343,28 @@ def test_rounds_after_an_initial_matrix_are_chosen(source):
     )
     assert len(model.history_) == model.n_iter_ + 1
     assert (
-        transfer(source, target(60), RFMRegressor(bandwidth=10.0, n_iter=3), mode="initial", cv=None).n_iter_ == 3
+        transfer(
+            source, target(60), RFMRegressor(bandwidth=10.0, n_iter=3), mode="initial", cv=None
+        ).n_iter_
+        == 3
     )
     assert transfer(source, target(60), RFMRegressor(bandwidth=10.0, n_iter=3)).cv_results_ is None
 
 
 def test_ties_go_to_what_is_listed_first():
     data = target()
-    assert transfer(np.eye(D), data, RFMRegressor(bandwidth=10.0, n_iter=0), identity=[0.5, 0.2]).identity_ == 0.5
-    assert transfer(np.eye(D), data, RFMRegressor(bandwidth=10.0, n_iter=0), identity=[0.2, 0.5]).identity_ == 0.2
+    assert (
+        transfer(
+            np.eye(D), data, RFMRegressor(bandwidth=10.0, n_iter=0), identity=[0.5, 0.2]
+        ).identity_
+        == 0.5
+    )
+    assert (
+        transfer(
+            np.eye(D), data, RFMRegressor(bandwidth=10.0, n_iter=0), identity=[0.2, 0.5]
+        ).identity_
+        == 0.2
+    )
 
 
 def test_few_samples_of_a_class():
@@ -342,11 +375,15 @@ def test_few_samples_of_a_class():
     ):
         transfer(metric(), (X, y), RFMClassifier(bandwidth=10.0, n_iter=1), mode="blend")
     assert (
-        transfer(metric(), (X, y), RFMClassifier(bandwidth=10.0, n_iter=1), mode="blend", weight=0.5).cv_results_
+        transfer(
+            metric(), (X, y), RFMClassifier(bandwidth=10.0, n_iter=1), mode="blend", weight=0.5
+        ).cv_results_
         is None
     )
     assert set(
-        transfer(metric(), (X, y), RFMClassifier(bandwidth=10.0, n_iter=1), mode="initial", cv=2).classes_
+        transfer(
+            metric(), (X, y), RFMClassifier(bandwidth=10.0, n_iter=1), mode="initial", cv=2
+        ).classes_
     ) == {"high", "low", "rare"}
 
 
@@ -368,7 +405,9 @@ def test_scikit_learn_habits(source):
         error_score="raise",
     ).fit(X, y)
     assert search.best_estimator_.source is source
-    piped = make_pipeline(FunctionTransformer(), TransferRFM(source, RFMClassifier(bandwidth=10.0))).fit(X, y)
+    piped = make_pipeline(
+        FunctionTransformer(), TransferRFM(source, RFMClassifier(bandwidth=10.0))
+    ).fit(X, y)
     assert 0.5 < piped.score(X, y) <= 1
     assert model.decision_function(X).shape == (60,) and model.transform(X).shape == X.shape
     assert model.n_features_in_ == D
@@ -408,15 +447,26 @@ def test_families_of_data(source):
         mode="initial",
     )
     c = transfer(
-        source, (torch.from_numpy(X), torch.from_numpy(y)), RFMRegressor(bandwidth=10.0, n_iter=1), mode="initial"
+        source,
+        (torch.from_numpy(X), torch.from_numpy(y)),
+        RFMRegressor(bandwidth=10.0, n_iter=1),
+        mode="initial",
     )
     assert isinstance(b.predict(frame), np.ndarray) and isinstance(
         c.predict(torch.from_numpy(X)), torch.Tensor
     )
     np.testing.assert_allclose(b.predict(frame), a.predict(X))
     np.testing.assert_allclose(c.predict(torch.from_numpy(X)), a.predict(X))
-    same(transfer(source, (X.tolist(), y.tolist()), RFMRegressor(bandwidth=10.0, n_iter=1), mode="initial"), a, X)
-    two = transfer(source, (X, np.stack([y, -y], 1)), RFMRegressor(bandwidth=10.0, n_iter=1), mode="blend")
+    same(
+        transfer(
+            source, (X.tolist(), y.tolist()), RFMRegressor(bandwidth=10.0, n_iter=1), mode="initial"
+        ),
+        a,
+        X,
+    )
+    two = transfer(
+        source, (X, np.stack([y, -y], 1)), RFMRegressor(bandwidth=10.0, n_iter=1), mode="blend"
+    )
     assert two.predict(X).shape == (40, 2)
 
 
@@ -593,7 +643,9 @@ def test_bad_sources(wrong, kind, text):
 )
 def test_bad_options(options, kind, text):
     with pytest.raises(kind, match=text):
-        transfer(metric(), target(), **{"learner": RFMRegressor(bandwidth=10.0, n_iter=1), **options})
+        transfer(
+            metric(), target(), **{"learner": RFMRegressor(bandwidth=10.0, n_iter=1), **options}
+        )
 
 
 @pytest.mark.parametrize(
@@ -639,7 +691,9 @@ def test_patches_that_do_not_fit(conv_source):
         transfer(conv_source, (X.reshape(12, -1), y), RFMClassifier(bandwidth=10.0))
     with pytest.raises(ValueError, match="do not compare"):
         transfer(
-            RFMClassifier(bandwidth=10.0, n_iter=1).fit(X.reshape(12, -1), y), (X, y), ConvRFMClassifier(**fits)
+            RFMClassifier(bandwidth=10.0, n_iter=1).fit(X.reshape(12, -1), y),
+            (X, y),
+            ConvRFMClassifier(**fits),
         )
     with pytest.raises(ValueError, match="images must be"):
         transfer(conv_source, (X[:, 0], y), ConvRFMClassifier(**fits))

@@ -572,10 +572,8 @@ def test_damage_is_found(name, tmp_path):
 
 
 def test_many_writers_of_one_file(tmp_path):
-    models = [
-        RFMRegressor(bandwidth=10.0, n_iter=0).fit(rows(seed=s), rows(seed=s)[:, 0])
-        for s in range(4)
-    ]
+    plain = RFMRegressor(bandwidth=10.0, n_iter=0)
+    models = [base.clone(plain).fit(rows(seed=s), rows(seed=s)[:, 0]) for s in range(4)]
     found = []
 
     def save(model):

@@ -615,31 +615,27 @@ def test_columns_in_another_order(source):
 
 def test_patches_that_do_not_fit(conv_source):
     X, y = stars(12, 0.5, 16, random_state=0)
-    fits = dict(depth=1, patch_size=7)
+    learner = ConvRFMClassifier(depth=1, patch_size=7)
     with pytest.raises(
         ValueError,
         match=r"source was learned on patches of 3 x 7 x 7 .* "
         r"patches of X hold 1 x 7 x 7 = 49 numbers.*X.mean\(1, keepdims=True\)",
     ):
-        transfer(conv_source, (X[:, :1], y), ConvRFMClassifier(**fits))
+        transfer(conv_source, (X[:, :1], y), learner)
     with pytest.raises(ValueError, match="patches of X hold 3 x 3 x 3 = 27 numbers.*patch_size=7"):
         transfer(conv_source, (X, y), ConvRFMClassifier(depth=1))
     with pytest.raises(
         ValueError, match=r"matrix of shape \(9, 9\), but patches of X hold 3 x 7 x 7"
     ):
-        transfer(np.eye(9), (X, y), ConvRFMClassifier(**fits))
+        transfer(np.eye(9), (X, y), learner)
     with pytest.raises(ValueError, match="on patches and one on whole rows do not compare"):
         transfer(conv_source, (X.reshape(12, -1), y), RFMClassifier(bandwidth=9))
     with pytest.raises(ValueError, match="do not compare"):
-        transfer(
-            RFMClassifier(bandwidth=10.0, n_iter=1).fit(X.reshape(12, -1), y),
-            (X, y),
-            ConvRFMClassifier(**fits),
-        )
+        transfer(RFMClassifier(bandwidth=10.0, n_iter=1).fit(X.reshape(12, -1), y), (X, y), learner)
     with pytest.raises(ValueError, match="images must be"):
-        transfer(conv_source, (X[:, 0], y), ConvRFMClassifier(**fits))
+        transfer(conv_source, (X[:, 0], y), learner)
     with pytest.raises(ValueError, match="needs at least 7 x 7"):
-        transfer(conv_source, (X[:, :, :5, :5], y), ConvRFMClassifier(**fits))
+        transfer(conv_source, (X[:, :, :5, :5], y), learner)
 
 
 def test_nothing_warns(source):

@@ -33,7 +33,7 @@ def check_weights(sample_weight,   # None, a number, or one for each row
                          f"{weights[at]}. Negative values in data passed to `sample_weight` "
                          "are refused; drop those rows, or give them 0.")
     if not weights.any():
-        raise ValueError("sample_weight is 0 for every row, which leaves nothing to fit; "
+        raise ValueError("sample_weight is zero for every row, which leaves nothing to fit; "
                          "pass at least two rows with a positive weight.")
     return weights
 

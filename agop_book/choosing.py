@@ -16,7 +16,7 @@ from sklearn.base import ClassifierMixin
 from sklearn.utils import check_random_state
 from tqdm import tqdm
 
-from .choices import Search, Way, ways
+from .choices import FULL_AT_MOST, Search, Way, ways
 from .columns import whole_codes
 from .crossfit import RIDGES, adapted, unit_metric
 from .design import Design, Identity
@@ -32,7 +32,7 @@ from .solvers import SOLVERS, first
 from .structures import Blocks
 
 # %% ../nbs/workshop/choosing.ipynb #8d73ae78
-_CHOOSE_ON = 2500   # rows at most: the search then takes as long as a few solves of twice as many
+_CHOOSE_ON = 2000   # rows at most: the search then takes as long as a few solves of twice as many
 _FOLDS = 3
 _CODES = 8   # whole numbers of 3 to so many values may be categories: both ways are tried
 
@@ -91,6 +91,10 @@ class ChoosingRFM(KernelRFM):
         ridges = len(self._regs()) > 1 and not validated
         return self._is_adaptive() or lists or ridges or weighted and validated
 
+    def chooses(self):
+        "Whether fit chooses by itself and takes no matrix to start from."
+        return bool(self._is_open(validated=False, weighted=False))
+
     def _metrics(self):
         open_ = isinstance(self.metric, str) and self.metric == "auto" and not self.diag
         return ["full", "diag"] if open_ and self._is_adaptive() else super()._metrics()
@@ -132,9 +136,13 @@ class ChoosingRFM(KernelRFM):
             lambda scale, codes: self._design(rows.X, rows.weights, scale, codes))
         search = self._search(part, rows.weights.mean(), designs, offset, unit, device)
         scales = self._scales(rows)
-        tried = self._ways(max(len(designs(*s).groups_) for s in scales), len(unit))
+        p = max(len(designs(*s).groups_) for s in scales)
+        tried = self._ways(p, len(unit))
+        for metric in {way.metric for way in tried} or self._metrics():
+            self._check_metric(X.shape[1], metric)
         for way in tried:
-            self._check_metric(X.shape[1], way.metric)
+            SOLVERS[self.solver].plan(len(rows.X), p, len(unit), X.itemsize, self._limit(device),
+                                      self._structure(p, way.metric))
         total = (len(scales) + len(tried) - 1) * (self.n_iter + 1)
         self._forget()
         with tqdm(total=total, disable=not self.verbose, desc=type(self).__name__) as bar:
@@ -161,11 +169,13 @@ class ChoosingRFM(KernelRFM):
             raise ValueError(f"X_val and y_val go together; only {given} was given.")
         if X_val is not None:
             X_val, y_val = self._check_val(X_val, y_val)
+            self._check_count(X_val)
             Y_val = self._encode(like_targets(y_val, y), np.float64)
             return rows.beside(X_val, Y_val, np.ones(len(X_val)))
         if self.validation_fraction is None: return rows.folds()
         whole = rows.weights
         out = rows.hold_out(self.validation_fraction)
+        self._check_count(out[0])
         part = rows.beside(*out)
         if self.refit is not False:
             rows.weights = whole
@@ -196,7 +206,8 @@ class ChoosingRFM(KernelRFM):
     def _structure_of(self, design, way):
         "What is kept of M: categories have blocks of their own in a diagonal."
         p = len(design.groups_)
-        if way.metric != "diag" or not design.blocks_ or "full" not in way.kernel.metrics:
+        square = "full" in way.kernel.metrics and p <= FULL_AT_MOST
+        if way.metric != "diag" or not design.blocks_ or not square:
             return self._structure(p, way.metric)
         owner = np.arange(p)
         for block in design.blocks_:
@@ -207,8 +218,9 @@ class ChoosingRFM(KernelRFM):
     def _scales(self, rows):
         "The scales of numbers to choose from."
         if not self._is_adaptive(): return [("plain", 0)]
-        codes = whole_codes(rows.X, self.frame_.categorical_, rows.weights, _CODES).any()
-        return list(product(("winsorised", "clipped"), (0, _CODES) if codes else (0,)))
+        count = whole_codes(rows.X, self.frame_.categorical_, rows.weights, _CODES).sum()
+        codes = (0, _CODES) if 0 < count * _CODES <= FULL_AT_MOST else (0,)
+        return list(product(("winsorised", "clipped"), codes))
 
     def _settle(self, search, rows, designs, offset, unit, device):
         "Solve on all rows with what was found, and keep it."

@@ -18,7 +18,7 @@ from .solvers import Fit
 from .structures import Full
 
 # %% ../nbs/workshop/crossfit.ipynb #67c5d2be
-_PAIRS = 700   # rows between which distances are taken: half a million pairs, a few milliseconds
+_PAIRS = 400   # rows between which distances are taken: their median is known to a few percent
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)   # k(x, x) is 1: from hardly any to all smoothing
 
 # %% ../nbs/workshop/crossfit.ipynb #ea28e8ec
@@ -26,7 +26,7 @@ def typical_distance(kernel: Kernel,    # with a bandwidth
                      points: Points     # rows
                      ) -> float:        # 1 where all rows coincide
     "The median distance between different rows, as the kernel measures it."
-    some = points[:: max(1, len(points) // _PAIRS)]
+    some = points[:: -(-len(points) // _PAIRS)]
     far = kernel.distances(some, some)
     apart = far[far > 0]
     return float(apart.median()) if len(apart) else 1.0
@@ -124,12 +124,14 @@ class CrossFit:
                  regs=RIDGES,          # ridges to choose from, ascending
                  structure=Full(),      # what is kept of the AGOP
                  center: bool = False,  # take the mean gradient out
-                 relative: bool = True  # see above; False: the plain machine, as given
+                 relative: bool = True,  # see above; False: the plain machine, as given
+                 start=None              # of the ridges, those for the first round; None: all
                  ):
         self.kernel = kernel
         self.structure = structure
         self.center = center
-        self.regs = self.nearby = list(regs)
+        self.regs = list(regs)
+        self.nearby = self.regs if start is None else list(start)
         self.folds = [_Fold(X, Y, weights, out, relative) for out in left_out]
         self.identity = structure.identity(X)
         self.Y_out = torch.cat([fold.y_out for fold in self.folds])

@@ -84,6 +84,10 @@ class BaseRFM(Saved, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         return validate_data(self, self._rows(X), reset=False, dtype=[np.float64, np.float32],
                              ensure_all_finite=self._finite())
 
+    def chooses(self):
+        "Whether fit chooses by itself and takes no matrix to start from."
+        return False
+
     def _going_on(self):
         "What an earlier fit leaves to go on from; None: every fit starts afresh."
         return None
@@ -145,10 +149,14 @@ class BaseRFM(Saved, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         elif len(self._regs()) > 1:
             raise ValueError(f"reg={self.reg!r} holds {len(self._regs())} ridges to choose from; "
                              "that takes X_val and y_val, or validation_fraction.")
+        self._check_count(X_val)
+        return Data(X, Y, X_val, y_val)
+
+    def _check_count(self, X_val):
+        "ValueError for a single validation row in a regression."
         if isinstance(self, RegressorMixin) and X_val is not None and len(X_val) < 2:
             raise ValueError(f"X_val (or validation_fraction={self.validation_fraction}) holds one "
                              "row, on which R2 says nothing; take at least 2.")
-        return Data(X, Y, X_val, y_val)
 
     def _choice(self, data, device):
         "How a round chooses among its ridges."

@@ -74,7 +74,8 @@ def _columns(table, chosen):
 
 def _names(table):
     "The names of the columns of a frame, their places in an array."
-    return table.columns.tolist() if isinstance(table, pd.DataFrame) else list(range(table.shape[1]))
+    if isinstance(table, pd.DataFrame): return table.columns.tolist()
+    return list(range(table.shape[1]))
 
 
 def _dtypes(table):

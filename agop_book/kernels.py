@@ -167,11 +167,11 @@ class Matern32(Radial):
 
     def phi(self, r):
         s = _scaled(r, 3**0.5 / self.bandwidth)
-        return (1 + s) * torch.exp(-s)
+        return s.neg().exp_().mul_(s.add_(1))
 
     def slope(self, r, phi):
         s = _scaled(r, 3**0.5 / self.bandwidth)
-        return torch.exp(-s) * _rate(-3 / self.bandwidth**2, r)
+        return s.neg_().exp_().mul_(_rate(-3 / self.bandwidth**2, r))
 
 
 class Matern52(Radial):

@@ -117,6 +117,9 @@ def matrix_power(A,                    # (d, d) symmetric positive semi-definite
         raise ValueError(f"p must be a finite real number, got {p!r}.")
     if t.ndim == 1: return _as_given(_powers(t, p, tolerance, clip), A)
     values, V = torch.linalg.eigh(t)
+    # an eigenvalue that rounding alone explains is 0: its root would be noise of half the digits
+    noise = len(values) * torch.finfo(values.dtype).eps * values.abs().max()
+    values = torch.where(values.abs() > noise, values, 0)
     return _as_given((V * _powers(values, p, tolerance, clip)) @ V.T, A)
 
 

@@ -67,7 +67,7 @@ def or_auto(rule: Rule   # for a value that is given
             ) -> Rule:
     "The word 'auto', or what a rule wants."
     def want():
-        return f"'auto' or {rule.want() if callable(rule.want) else rule.want}"
+        return f"{rule.want() if callable(rule.want) else rule.want}, or 'auto'"
     return Rule(lambda value: isinstance(value, str) and value == "auto" or rule.test(value), want)
 
 # %% ../nbs/workshop/parameters.ipynb #912ee5fe

@@ -30,11 +30,14 @@ class Calibration(NamedTuple):
                           F: np.ndarray    # outputs (m, c)
                           ) -> np.ndarray:
         "Logarithms of the probabilities `(m, c)`."
-        root = np.sqrt(F**2 + self.floor**2)
-        positive = np.where(F > 0, root + F, self.floor**2 / (root + np.abs(F)))
-        L = self.power * np.log(positive)
+        L = self.power * np.log(self._positive(F)[0])
         L -= L.max(axis=1, keepdims=True)
         return L - np.log(np.exp(L).sum(axis=1, keepdims=True))
+
+    def _positive(self, F):
+        "2 s(F), and the root in it."
+        root = np.sqrt(F**2 + self.floor**2)
+        return np.where(F > 0, root + F, self.floor**2 / (root + np.abs(F))), root
 
     @classmethod
     def fit(cls,
@@ -44,13 +47,21 @@ class Calibration(NamedTuple):
             ):
         "The power and the floor that make the classes most likely."
         F = np.asarray(F, np.float64)
+        share = np.full(len(y), 1 / len(y)) if weights is None else weights / np.sum(weights)
+        rows = np.arange(len(y))
 
         def surprise(logs):
-            found = cls(*np.exp(logs)).log_probabilities(F)
-            return -np.average(found[np.arange(len(y)), y], weights=weights)
+            "Minus the mean log-likelihood, and its slopes for both logarithms."
+            found = cls(*np.exp(logs))
+            positive, root = found._positive(F)
+            scores = np.stack([found.power * np.log(positive),
+                               found.power * found.floor**2 / (root * positive)])
+            L = found.log_probabilities(F)
+            off = scores[:, rows, y] - (np.exp(L) * scores).sum(2)
+            return -share @ L[rows, y], -off @ share
 
-        best = minimize(surprise, np.log(cls()), method="Nelder-Mead", bounds=_BOUNDS,
-                        options={"xatol": 1e-3, "fatol": 1e-7})
+        best = minimize(surprise, np.log(cls()), jac=True, method="L-BFGS-B", bounds=_BOUNDS,
+                        options={"ftol": 1e-14, "gtol": 1e-9})
         return cls(*np.exp(best.x).tolist())
 
 # %% ../nbs/workshop/probabilities.ipynb #aec3b5a8
@@ -63,8 +74,12 @@ def leave_one_out(machine: KernelMachine,   # fitted
     ridge = reg if weights is None else reg / torch.as_tensor(weights).to(K)
     K.diagonal().add_(ridge)
     Y = K @ machine.coef
-    inverse = torch.linalg.inv(K).diagonal()[:, None]
-    return (Y - machine.coef / inverse).cpu().numpy(), Y.cpu().numpy()
+    inverse = torch.linalg.inv(K).diagonal()
+    ridge = torch.as_tensor(ridge).to(K) * torch.ones_like(inverse)
+    share = torch.ones_like(inverse) if weights is None else torch.as_tensor(weights).to(K)
+    share = 1 / share.clamp(min=1)     # of a row of weight 3 one unit is left out
+    kept = 1 - share * (1 - ridge * inverse)
+    return (Y - ridge[:, None] * machine.coef / kept[:, None]).cpu().numpy(), Y.cpu().numpy()
 
 # %% ../nbs/workshop/probabilities.ipynb #59f0cb5c
 _KNOWN = weakref.WeakKeyDictionary()   # machine -> its calibration, worked out when first wanted

@@ -14,6 +14,7 @@ from sklearn.utils import check_array
 
 from .matrices import matrix_power
 from .arrays import as_tensor
+from .design import Identity
 from .images import check_images
 from .imagerfm import ImageRFM
 from .image_data import image_rows
@@ -93,6 +94,10 @@ def _check_source(source, M, learner):
     if M is source:
         raise NotFittedError(f"source={source!r} is not fitted yet: call source.fit(X, y) on the "
                              "source task first.")
+    if not isinstance(getattr(source, "design_", Identity()), Identity):
+        raise ValueError(f"source={source!r} has learned about the columns of its design, which "
+                         "are not those of X; fit it with one bandwidth, such as bandwidth=10.0, "
+                         "to rows of numbers.")
     if isinstance(source, ImageRFM) != isinstance(learner, ImageRFM):
         raise ValueError(f"source is a {type(source).__name__} and learner a "
                          f"{type(learner).__name__}: a matrix on patches and one on whole rows do "

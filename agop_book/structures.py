@@ -130,7 +130,7 @@ class Blocks(Full):
 
     def product(self, U, V):
         "See `Full`."
-        return (U.T @ V).mul_(self.mask)
+        return (U.T @ V).mul_(self.mask.to(U))
 
 
 STRUCTURES = {

@@ -96,7 +96,10 @@ class TransferRFM(MetaEstimatorMixin, BaseEstimator):
             raise ValueError(f"learner has {name}={getattr(self.learner, name)!r}, which needs "
                              "validation rows; TransferRFM chooses by cross-validation instead. "
                              f"Set {name} to {remedy}.")
-        return self.learner
+        if not self.learner.chooses(): return self.learner
+        raise ValueError("learner chooses its own bandwidth or metric and takes no matrix to start "
+                         "from; pass one of each, such as bandwidth=10.0, metric='full', got "
+                         f"{self.learner!r}.")
 
     def _like_source(self):
         "The source's estimator, with the ridge that it used."
@@ -262,13 +265,14 @@ class TransferRFM(MetaEstimatorMixin, BaseEstimator):
                  "input_tags")
         for name in kinds:
             setattr(tags, name, getattr(inner, name))
+        tags.input_tags.allow_nan = False    # matrices of different columns would not compare
         return tags
 
 
 def _takes_matrix(learner):
     "Whether an estimator can start from a matrix on rows or patches."
-    whole = getattr(learner, "metric", "full") in ("full", "diag")
-    return isinstance(learner, BaseRFM) and whole
+    metrics = np.ravel(getattr(learner, "metric", "full")).tolist()
+    return isinstance(learner, BaseRFM) and set(metrics) <= {"auto", "full", "diag"}
 
 
 def _meaning(option):

@@ -6,7 +6,9 @@ Numbers are standardised, categories become one column a level; the machine sees
 import numpy as np
 import pandas as pd
 
+from agop_book.kernelrfm import KernelRFM
 from agop_book.rfm import RFMClassifier, RFMRegressor
+from agop_book.targets import Classification, Regression
 
 
 class Design:
@@ -73,9 +75,9 @@ class Designed:
         return self._run(self.machine_, self.design(X))
 
 
-class Regressor(Designed, RFMRegressor):
-    pass
+class Regressor(Designed, Regression, KernelRFM):
+    __init__ = RFMRegressor.__init__
 
 
-class Classifier(Designed, RFMClassifier):
-    pass
+class Classifier(Designed, Classification, KernelRFM):
+    __init__ = RFMClassifier.__init__

@@ -33,7 +33,7 @@ from sklearn import (
     semi_supervised,
 )
 from sklearn.exceptions import NotFittedError
-from sklearn.utils import all_estimators
+from sklearn.utils import all_estimators, get_tags
 
 from agop_book.agop import agop
 from agop_book.convrfm import (
@@ -56,6 +56,7 @@ SOURCE = RFMRegressor(bandwidth=10.0, n_iter=1).fit(
     *(lambda X: (X, X[:, 0] * X[:, 1]))(np.random.default_rng(9).normal(size=(60, 16)))
 )
 REGRESSORS = {
+    "RFM adaptive": RFMRegressor(n_iter=2, random_state=0),
     "RFM": RFMRegressor(bandwidth=10.0, n_iter=1),
     "RFM diag, Matern": RFMRegressor(Matern52(4.0), bandwidth=10.0, n_iter=1, diag=True),
     "RFM ntk": RFMRegressor("ntk", bandwidth=10.0, n_iter=1),
@@ -67,6 +68,7 @@ REGRESSORS = {
     "TransferRFM": TransferRFM(SOURCE, cv=None, weight=1.0),
 }
 CLASSIFIERS = {
+    "RFM adaptive": RFMClassifier(n_iter=2, random_state=0),
     "RFM": RFMClassifier(bandwidth=10.0, n_iter=1),
     "MapRFM shared": MapRFMClassifier("shared", channels=4, n_iter=1),
     "ConvRFM": ConvRFMClassifier(**IMAGE),
@@ -651,6 +653,10 @@ HOSTILE = {
 @pytest.mark.parametrize("kind", HOSTILE)
 @every
 def test_bad_rows_are_refused(name, kind):
+    if kind == "NaN" and get_tags(EVERY[name]).input_tags.allow_nan:
+        pytest.skip("missing numbers are welcome here")
+    if kind == "too large" and "adaptive" in name:
+        pytest.skip("a wild number is clipped")
     X = rows()
     y, bad = labels(name, X), HOSTILE[kind](X)
     with pytest.raises((ValueError, TypeError)) as caught:
@@ -780,7 +786,7 @@ def test_a_refused_fit_leaves_the_model_as_it_was(name):
     refused = [
         lambda: model.fit(rows(), y, rows(), None),
         lambda: model.fit(rows(), y[:20]),
-        lambda: model.fit(spoilt(rows(), np.nan), y),
+        lambda: model.fit(spoilt(rows(), np.inf), y),
     ]
     if name.startswith("classifier"):
         refused.append(lambda: model.fit(rows(), np.zeros(48)))

@@ -357,7 +357,6 @@ MAP_BAD = [
     ({"metric": "shared"}, "needs channels"),
     ({"metric": "separable", "channels": 7}, "not channels=7 maps"),
     ({"kernel": "cauchy"}, "kernel must be a Kernel or one of"),
-    ({"reg": [1e-3, 1e-2]}, "2 ridges"),
     ({"reg": []}, "reg must be"),
     ({"bandwidth": 0}, "bandwidth must be"),
     ({"n_iter": -1}, "n_iter must be"),

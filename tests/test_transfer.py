@@ -86,9 +86,9 @@ def test_units_where_the_matrix_sees_nothing():
         ):
             normalised(M, X - X.mean(0))
         with pytest.raises(ValueError, match="identity above 0"):
-            transfer(M, (X, target()[1]), RFMRegressor())
+            transfer(M, (X, target()[1]), RFMRegressor(bandwidth=10.0))
     with pytest.raises(ValueError, match="same row again and again"):
-        transfer(np.eye(D), (np.ones((5, D)), np.arange(5.0)), RFMRegressor())
+        transfer(np.eye(D), (np.ones((5, D)), np.arange(5.0)), RFMRegressor(bandwidth=10.0))
 
 
 def test_a_mixture_keeps_the_units():
@@ -368,7 +368,7 @@ def test_scikit_learn_habits(source):
         error_score="raise",
     ).fit(X, y)
     assert search.best_estimator_.source is source
-    piped = make_pipeline(FunctionTransformer(), TransferRFM(source, RFMClassifier())).fit(X, y)
+    piped = make_pipeline(FunctionTransformer(), TransferRFM(source, RFMClassifier(bandwidth=10.0))).fit(X, y)
     assert 0.5 < piped.score(X, y) <= 1
     assert model.decision_function(X).shape == (60,) and model.transform(X).shape == X.shape
     assert model.n_features_in_ == D
@@ -520,7 +520,7 @@ def bad_frames(source):
             NotFittedError,
             r"source=RFMRegressor\(\) is not fitted yet: call source.fit",
         ),
-        (TransferRFM(np.eye(8), RFMRegressor()), NotFittedError, "is not fitted yet"),
+        (TransferRFM(np.eye(8), RFMRegressor(bandwidth=10.0)), NotFittedError, "is not fitted yet"),
         (
             RFMRegressor(bandwidth=10.0, n_iter=1).fit(*task(d=5)),
             ValueError,
@@ -600,7 +600,7 @@ def test_bad_options(options, kind, text):
     "data, kind, text",
     [
         (target()[0], TypeError, r"target must be a pair \(X, y\)"),
-        (RFMRegressor(), TypeError, "target must be a pair"),
+        (RFMRegressor(bandwidth=10.0), TypeError, "target must be a pair"),
         ((target()[0], target()[1][:-1]), ValueError, "inconsistent numbers of samples"),
         ((target()[0] * np.nan, target()[1]), ValueError, "X contains NaN"),
         ((target()[0][:, 0], target()[1]), ValueError, "Expected 2D array"),
@@ -636,7 +636,7 @@ def test_patches_that_do_not_fit(conv_source):
     ):
         transfer(np.eye(9), (X, y), ConvRFMClassifier(**fits))
     with pytest.raises(ValueError, match="on patches and one on whole rows do not compare"):
-        transfer(conv_source, (X.reshape(12, -1), y), RFMClassifier())
+        transfer(conv_source, (X.reshape(12, -1), y), RFMClassifier(bandwidth=10.0))
     with pytest.raises(ValueError, match="do not compare"):
         transfer(
             RFMClassifier(bandwidth=10.0, n_iter=1).fit(X.reshape(12, -1), y), (X, y), ConvRFMClassifier(**fits)

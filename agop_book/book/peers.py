@@ -117,12 +117,11 @@ class Learner:
         kind = "Regressor" if regression else "Classifier"
         options = {"random_state": seed} | self.options | (params or {})
         model = getattr(import_module(self.module), self.stem + kind)(**options)
-        scaled = self.scaled and not (self.space and not params)   # a default call sees raw rows
-        if scaled:
+        if self.scaled:
             model = make_pipeline(StandardScaler(), model)
         if self.calibrated:
             return CalibratedClassifierCV(model, cv=_Folds())
-        if scaled and regression:
+        if self.scaled and regression:
             return TransformedTargetRegressor(model, transformer=StandardScaler())
         return model
 
@@ -173,20 +172,15 @@ REFERENCES = {
 
 # %% ../../nbs/book/peers.ipynb #a852012d
 _RATE = {"learning_rate": loguniform(0.01, 0.3)}
-_MACHINE = {"reg": loguniform(1e-4, 10), "n_iter": randint(0, 6)}
+_MACHINE = {"center": [False, True], "n_iter": randint(0, 9)}
 
 TUNED = {
-    "RFM, tuned": Learner(**_OURS, scaled=True, space=(
+    "RFM, tuned": Learner(**_OURS, space=(
         _MACHINE | {
-            "kernel": ["laplace"],
+            "kernel": ["laplace", "matern32", "matern52", "gaussian", "ntk"],
             "metric": ["full", "diag"],
-            "bandwidth": loguniform(1, 30),
         },
-        _MACHINE | {
-            "kernel": ["l1_laplace"],
-            "metric": ["diag"],
-            "bandwidth": loguniform(3, 300),
-        },
+        _MACHINE | {"kernel": ["l1_laplace"]},
     )),
     "CatBoost, tuned": Learner(**_CAT, space=(_RATE | {
         "depth": randint(4, 9),

@@ -50,7 +50,7 @@ class AdaptiveRFM(ChoosingRFM):
     Subclasses take the parameters of `RFMRegressor`."""
 
     _rules = _ADAPTIVE
-    class_weight = None    # of a classifier
+    class_weight = class_weight_ = None    # of a classifier
 
     # --- a fit
 
@@ -98,8 +98,10 @@ class AdaptiveRFM(ChoosingRFM):
         weights, each = check_weights(sample_weight, len(X)), None
         if weights is not None:
             X, y, weights = self._with(weights > 0, X, y, weights)
+        self.class_weight_ = None
         if self.class_weight is not None:
-            each = self._class_weights(y, weights)[y]
+            worth = self._class_weights(y, weights)
+            self.class_weight_, each = worth[worth > 0], worth[y]
             X, y, weights, each = self._with(each > 0, X, y, weights, each)
         return X, y, weights, each
 
@@ -214,7 +216,13 @@ class AdaptiveRFM(ChoosingRFM):
 
     def _header(self):
         offset = None if self.offset_ is None else self.offset_.tolist()
-        return {**super()._header(), "columns": self.n_features_in_, "offset": offset,
+        header = super()._header()
+        if isinstance(self.class_weight, dict):
+            header["params"]["class_weight"] = [
+                [np.asarray(label).item(), float(weight)]
+                for label, weight in self.class_weight.items()]
+        worth = None if self.class_weight_ is None else self.class_weight_.tolist()
+        return {**header, "worth": worth, "columns": self.n_features_in_, "offset": offset,
                 "design": self.design_.to_state(), "frame": self.frame_.to_state(),
                 "calibration": self.calibration_}
 
@@ -225,6 +233,10 @@ class AdaptiveRFM(ChoosingRFM):
     @classmethod
     def _rebuilt(cls, meta, arrays):
         model, machine = super()._rebuilt(meta, arrays)
+        if isinstance(model.class_weight, list):
+            model.class_weight = dict(map(tuple, model.class_weight))
+        if meta.get("worth") is not None:
+            model.class_weight_ = np.array(meta["worth"])
         model.n_features_in_ = meta.get("columns", model.n_features_in_)
         model.offset_ = None if meta.get("offset") is None else np.array(meta["offset"])
         model.weights_ = arrays["weights"].numpy() if "weights" in arrays else None

@@ -145,9 +145,7 @@ class ChoosingRFM(KernelRFM):
         "Search on a part of the rows, and solve on all of them."
         rng = check_random_state(self.random_state)
         device = pick_device(self.device)
-        rows = _Rows(X, self._encode(y, np.float64), weights, each, rng, self._is_adaptive())
-        if self._is_adaptive() and not self.channels:
-            self._hold_back(rows)
+        rows = self._distinct(X, y, weights, each, rng)
         offset, unit = self._units(rows)
         part = self._part(rows, X_val, y_val, y)
         designs = functools.cache(
@@ -171,11 +169,15 @@ class ChoosingRFM(KernelRFM):
                 if search.best is not None:
                     self._settle(search, rows, designs, offset, unit, device)
 
-    def _hold_back(self, rows):
-        "Take the weight from a few rows with numbers that are far from all others."
+    def _distinct(self, X, y, weights, each, rng):
+        "The `_Rows`; a few with numbers that are far from all others lose their weight."
+        relative = self._is_adaptive()
+        rows = _Rows(X, self._encode(y, np.float64), weights, each, rng, relative)
+        if self.channels or not relative: return rows
         far = self._design(rows.X, rows.weights, "winsorised", 0).farthest(rows.X) > _WILD
         if rows.counts[far].sum() <= max(1, _WILD_SHARE * rows.counts.sum()):
             rows.each[far] *= _WORTH
+        return rows
 
     def _units(self, rows):
         "The mean and the scale of every target; 0 and 1 where they stay as they are."

@@ -12,6 +12,7 @@ from sklearn.base import ClassifierMixin
 from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.validation import check_is_fitted
 
+from .arrays import is_number
 from .choosing import ChoosingRFM
 from .design import Identity, design_from_state
 from .devices import device as pick_device
@@ -27,13 +28,19 @@ from .tablemachine import TableMachine
 
 # %% ../nbs/workshop/adaptive.ipynb #8f173e9a
 def _is_class_weight(value):
-    return value is None or isinstance(value, dict) or value == "balanced"
+    if isinstance(value, dict): return all(map(_is_weight, value.values()))
+    return value is None or value == "balanced"
+
+
+def _is_weight(value):
+    return is_number(value) and 0 <= value < np.inf
 
 
 _ADAPTIVE = {
     **RULES,
     "refit": or_auto(flag()),
-    "class_weight": Rule(_is_class_weight, "None, 'balanced' or a dict from labels to weights"),
+    "class_weight": Rule(_is_class_weight, "None, 'balanced' or a dict from labels to finite weights "
+                         "of at least 0"),
 }
 
 # %% ../nbs/workshop/adaptive.ipynb #efbc4fed
@@ -43,7 +50,7 @@ class AdaptiveRFM(ChoosingRFM):
     Subclasses take the parameters of `RFMRegressor`."""
 
     _rules = _ADAPTIVE
-    class_weight = None    # of a classifier
+    class_weight = class_weight_ = None    # of a classifier
 
     # --- a fit
 
@@ -63,15 +70,16 @@ class AdaptiveRFM(ChoosingRFM):
         check_parameters(self, self._rules)
         going_on = self._going_on() if M is None else None
         X, y = self._check_fit(X, y)
-        X, y, weights = self._weighed(X, y, sample_weight)
+        X, y, weights, each = self._weighed(X, y, sample_weight)
         validated = X_val is not None or y_val is not None or self.validation_fraction is not None
-        if self._is_open(validated, weights is not None):
+        weighted = weights is not None or each is not None
+        if self._is_open(validated, weighted):
             self._refuse_a_start(M)
-            self._choose(X, y, X_val, y_val, weights)
+            self._choose(X, y, X_val, y_val, weights, each)
         else:
             self.offset_ = self.calibration_ = None
-            self.weights_ = weights
-            self.design_ = self._plain_design(X, weights)
+            self.weights_ = weights if each is None else each * (1 if weights is None else weights)
+            self.design_ = self._plain_design(X, self.weights_)
             self._fit_rows(X, y, X_val, y_val, M, going_on)
             self._fit_again(X, y)
         return self
@@ -86,17 +94,23 @@ class AdaptiveRFM(ChoosingRFM):
                          "a number as bandwidth.")
 
     def _weighed(self, X, y, sample_weight):
-        "The rows that count, and their weights; None where all count the same."
-        weights = check_weights(sample_weight, len(X))
+        "The rows that count, their weights, and those of their classes; None: all the same."
+        weights, each = check_weights(sample_weight, len(X)), None
+        if weights is not None:
+            X, y, weights = self._with(weights > 0, X, y, weights)
+        self.class_weight_ = None
         if self.class_weight is not None:
-            each = self._class_weights(y, weights)[y]
-            weights = each if weights is None else weights * each
-        if weights is None: return X, y, None
-        some = weights > 0
+            worth = self._class_weights(y, weights)
+            self.class_weight_, each = worth[worth > 0], worth[y]
+            X, y, weights, each = self._with(each > 0, X, y, weights, each)
+        return X, y, weights, each
+
+    def _with(self, some, X, y, *others):
+        "Some of the rows, and classes among them; `others` are arrays or None."
         y = y[some]
         if isinstance(self, ClassifierMixin):
             y = self._classes_left(y)
-        return X[some], y, weights[some]
+        return X[some], y, *(None if values is None else values[some] for values in others)
 
     def _class_weights(self, y, weights):
         "A weight for every class."
@@ -202,7 +216,13 @@ class AdaptiveRFM(ChoosingRFM):
 
     def _header(self):
         offset = None if self.offset_ is None else self.offset_.tolist()
-        return {**super()._header(), "columns": self.n_features_in_, "offset": offset,
+        header = super()._header()
+        if isinstance(self.class_weight, dict):
+            header["params"]["class_weight"] = [
+                [np.asarray(label).item(), float(weight)]
+                for label, weight in self.class_weight.items()]
+        worth = None if self.class_weight_ is None else self.class_weight_.tolist()
+        return {**header, "worth": worth, "columns": self.n_features_in_, "offset": offset,
                 "design": self.design_.to_state(), "frame": self.frame_.to_state(),
                 "calibration": self.calibration_}
 
@@ -213,6 +233,10 @@ class AdaptiveRFM(ChoosingRFM):
     @classmethod
     def _rebuilt(cls, meta, arrays):
         model, machine = super()._rebuilt(meta, arrays)
+        if isinstance(model.class_weight, list):
+            model.class_weight = dict(map(tuple, model.class_weight))
+        if meta.get("worth") is not None:
+            model.class_weight_ = np.array(meta["worth"])
         model.n_features_in_ = meta.get("columns", model.n_features_in_)
         model.offset_ = None if meta.get("offset") is None else np.array(meta["offset"])
         model.weights_ = arrays["weights"].numpy() if "weights" in arrays else None

@@ -22,7 +22,7 @@ from .crossfit import RIDGES, adapted, unit_metric
 from .design import Design, Identity
 from .devices import device as pick_device
 from .estimators import like_targets, send
-from .folds import fold_weights, held_out, merged, sampled
+from .folds import counts, fold_weights, held_out, merged, sampled
 from .kernelrfm import KernelRFM
 from .kernels import Kernel
 from .matrices import matrix_power
@@ -34,39 +34,55 @@ from .structures import Blocks
 # %% ../nbs/workshop/choosing.ipynb #8d73ae78
 _CHOOSE_ON = 2000   # rows at most: the search then takes as long as a few solves of twice as many
 _FOLDS = 3
+_WILD = 100.0  # spreads from the centre, beyond which a number says nothing of others
+_WILD_SHARE = 0.01   # of the rows, if no more have such numbers: else they are the table's nature
+_WORTH = 1e-6   # what such a row counts: hardly anything for the choice and for the solve
 _CODES = 8   # whole numbers of 3 to so many values may be categories: both ways are tried
 
 
 class _Rows:
-    "Distinct rows of a table, their weights, and those that the search may look at."
+    """Distinct rows of a table, how often they count, and those that the search may look at.
 
-    def __init__(self, X, Y, weights, rng):
+    A row weighs its count times `each`, which says what its class is worth: no count, and not
+    dealt out."""
+
+    def __init__(self, X, Y, weights, each, rng, relative):
         rows, weights = merged(X, Y, weights)
         self.X = X[rows]
         self.Y = Y[rows]
-        self.weights = weights
+        self.counts, unit = counts(weights)
+        self.each = np.full(len(rows), 1.0 if relative else unit)
+        if each is not None:
+            self.each *= each[rows]
         self.rng = rng
+
+    @property
+    def weights(self):
+        return self.counts * self.each
 
     def folds(self):
         "Rows of a part, targets, weights, and what each fold leaves out `(k, n)`."
-        weights = sampled(self.weights, _CHOOSE_ON, self.rng)
-        some = weights > 0
-        dealt = fold_weights(weights[some], _FOLDS, self.rng)
-        return self.X[some], self.Y[some], weights[some], dealt
+        part = sampled(self.counts, _CHOOSE_ON, self.rng)
+        some = part > 0
+        part, each = part[some], self.each[some]
+        dealt = fold_weights(part, _FOLDS, self.rng)
+        return self.X[some], self.Y[some], part * each, dealt * each
 
     def hold_out(self, fraction):
-        "Validation rows, their targets and weights; what stays to train on is in `weights`."
-        out = held_out(self.weights, fraction, self.rng)
-        self.weights = self.weights - out
-        return self.X[out > 0], self.Y[out > 0], out[out > 0]
+        "Validation rows, their targets and weights; what stays to train on is in `counts`."
+        out = held_out(self.counts, fraction, self.rng)
+        self.counts = self.counts - out
+        some = out > 0
+        return self.X[some], self.Y[some], (out * self.each)[some]
 
     def beside(self, X_val, Y_val, w_val):
         "As `folds`, with validation rows in place of folds."
-        weights = sampled(self.weights, _CHOOSE_ON, self.rng)
-        some = weights > 0
-        left_out = np.concatenate([0 * weights[some], w_val])[None]
+        part = sampled(self.counts, _CHOOSE_ON, self.rng)
+        some = part > 0
+        weights = (part * self.each)[some]
+        left_out = np.concatenate([0 * weights, w_val])[None]
         return (np.concatenate([self.X[some], X_val]), np.concatenate([self.Y[some], Y_val]),
-                np.concatenate([weights[some], w_val]), left_out)
+                np.concatenate([weights, w_val]), left_out)
 
 # %% ../nbs/workshop/choosing.ipynb #250a1fff
 def _mean_metric(Ms):
@@ -125,16 +141,16 @@ class ChoosingRFM(KernelRFM):
 
     # --- the search
 
-    def _choose(self, X, y, X_val, y_val, weights):
+    def _choose(self, X, y, X_val, y_val, weights, each):
         "Search on a part of the rows, and solve on all of them."
         rng = check_random_state(self.random_state)
         device = pick_device(self.device)
-        rows = _Rows(X, self._encode(y, np.float64), weights, rng)
+        rows = self._distinct(X, y, weights, each, rng)
         offset, unit = self._units(rows)
         part = self._part(rows, X_val, y_val, y)
         designs = functools.cache(
             lambda scale, codes: self._design(rows.X, rows.weights, scale, codes))
-        search = self._search(part, rows.weights.mean(), designs, offset, unit, device)
+        search = self._search(part, self._unit_weight(rows), designs, offset, unit, device)
         scales = self._scales(rows)
         p = max(len(designs(*s).groups_) for s in scales)
         tried = self._ways(p, len(unit))
@@ -153,6 +169,16 @@ class ChoosingRFM(KernelRFM):
                 if search.best is not None:
                     self._settle(search, rows, designs, offset, unit, device)
 
+    def _distinct(self, X, y, weights, each, rng):
+        "The `_Rows`; a few with numbers that are far from all others lose their weight."
+        relative = self._is_adaptive()
+        rows = _Rows(X, self._encode(y, np.float64), weights, each, rng, relative)
+        if self.channels or not relative: return rows
+        far = self._design(rows.X, rows.weights, "winsorised", 0).farthest(rows.X) > _WILD
+        if rows.counts[far].sum() <= max(1, _WILD_SHARE * rows.counts.sum()):
+            rows.each[far] *= _WORTH
+        return rows
+
     def _units(self, rows):
         "The mean and the scale of every target; 0 and 1 where they stay as they are."
         c = rows.Y.shape[1]
@@ -161,6 +187,10 @@ class ChoosingRFM(KernelRFM):
         if isinstance(self, ClassifierMixin): return mean, np.ones(c)
         spread = np.sqrt(np.average((rows.Y - mean)**2, axis=0, weights=rows.weights))
         return mean, np.where(spread > 1e-12 * np.abs(mean), spread, 1)
+
+    def _unit_weight(self, rows):
+        "The weight to which a ridge refers: 1, or the mean where everything is relative."
+        return rows.weights.mean() if self._is_adaptive() else 1.0
 
     def _part(self, rows, X_val, y_val, y):
         "What the search sees: rows, targets, weights, and what is left out."
@@ -173,15 +203,15 @@ class ChoosingRFM(KernelRFM):
             Y_val = self._encode(like_targets(y_val, y), np.float64)
             return rows.beside(X_val, Y_val, np.ones(len(X_val)))
         if self.validation_fraction is None: return rows.folds()
-        whole = rows.weights
+        whole = rows.counts
         out = rows.hold_out(self.validation_fraction)
         self._check_count(out[0])
         part = rows.beside(*out)
         if self.refit is not False:
-            rows.weights = whole
+            rows.counts = whole
         return part
 
-    def _search(self, part, mean_weight, designs, offset, unit, device):
+    def _search(self, part, unit_weight, designs, offset, unit, device):
         "The `Search` on a part of the rows."
         X, Y, weights, left_out = part
         relative = self._is_adaptive()
@@ -199,7 +229,7 @@ class ChoosingRFM(KernelRFM):
             return self._score(Y, f, found.weights.cpu().numpy())
 
         tensors = (send(values, dtype, device) for values in
-                   ((Y - mean) / unit, weights / mean_weight, left_out / mean_weight))
+                   ((Y - mean) / unit, weights / unit_weight, left_out / unit_weight))
         return Search(rows, *tensors, structure, score, self.n_iter, self._ridges(),
                       self._centers(), relative)
 
@@ -227,7 +257,7 @@ class ChoosingRFM(KernelRFM):
         best, kernel = search.best, search.best.trial.way.kernel
         design = designs(best.trial.scale, best.trial.codes)
         some = rows.weights > 0
-        weights = rows.weights[some] / rows.weights.mean()
+        weights = rows.weights[some] / self._unit_weight(rows)
         mean = 0 if offset is None else offset
         Z = send(design.transform(rows.X[some]), rows.X.dtype, device)
         Y, w = (send(values, rows.X.dtype, device) for values in
@@ -241,7 +271,7 @@ class ChoosingRFM(KernelRFM):
         machine = first(solver.fits(M, last=True)).machine
         machine = replace(machine, coef=machine.coef * torch.as_tensor(unit).to(Z))
         self.design_, self.offset_ = design, offset
-        self.weights_ = None if (weights == weights[0]).all() else weights
+        self.weights_ = None if (weights == weights[0]).all() and weights[0] == 1 else weights
         self.calibration_ = None
         if isinstance(self, ClassifierMixin):
             f, Y, w = (values.cpu().numpy() for values in best.left_out)

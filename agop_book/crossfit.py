@@ -112,8 +112,8 @@ class LeftOut(NamedTuple):
 class CrossFit:
     """A solver for `rounds` whose M and machines are lists with an entry for each fold.
 
-    In rounds after the first, only the ridges beside the last chosen one are tried. A `relative`
-    one measures bandwidths in typical distances, scales M and centres the targets."""
+    A `relative` one measures bandwidths in typical distances, scales M and centres the targets;
+    in rounds after the first it tries only the ridges beside the last chosen one."""
 
     def __init__(self,
                  kernel: Kernel,        # between rows
@@ -130,6 +130,7 @@ class CrossFit:
         self.kernel = kernel
         self.structure = structure
         self.center = center
+        self.relative = relative
         self.regs = list(regs)
         self.nearby = self.regs if start is None else list(start)
         self.folds = [_Fold(X, Y, weights, out, relative) for out in left_out]
@@ -151,6 +152,7 @@ class CrossFit:
     def next_metric(self, fit):
         "The AGOP of every fold."
         at = self.regs.index(fit.reg)
-        self.nearby = self.regs[max(0, at - 1) : at + 2]
+        if self.relative:
+            self.nearby = self.regs[max(0, at - 1) : at + 2]
         return [fold.agop(coef, fit.reg, self.structure, self.center)
                 for fold, coef in zip(self.folds, fit.machine)]

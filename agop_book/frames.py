@@ -172,6 +172,8 @@ class FrameEncoder:
         float32 where all numbers are, else float64. ValueError for strings that are no category and
         for infinity, TypeError for dates and what else is no number."""
         table = _table(X)
+        if isinstance(table, pd.DataFrame):
+            _refuse_doubles(table)
         if not self._expects(table): return X
         in_frame, names = isinstance(table, pd.DataFrame), _names(table)
         odd = [j for j, dtype in self._numbers(table) if not _is_plain(dtype)]

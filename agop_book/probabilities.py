@@ -67,17 +67,18 @@ class Calibration(NamedTuple):
 # %% ../nbs/workshop/probabilities.ipynb #aec3b5a8
 def leave_one_out(machine: KernelMachine,   # fitted
                   reg: float,               # its ridge
-                  weights=None              # (n,), of its centers; None: 1 each
+                  weights=None,             # (n,), of its centers; None: 1 each
+                  worth=None                # (c,), weights of classes, which are no counts of rows
                   ):                        # outputs `(n, c)` and targets `(n, c)`, arrays
     "What the machine would say of each of its centers without it."
     K = machine.kernel(machine.centers, machine.centers, machine.M)
-    ridge = reg if weights is None else reg / torch.as_tensor(weights).to(K)
+    weights = K.new_ones(len(K)) if weights is None else torch.as_tensor(weights).to(K)
+    ridge = reg / weights
     K.diagonal().add_(ridge)
     Y = K @ machine.coef
     inverse = torch.linalg.inv(K).diagonal()
-    ridge = torch.as_tensor(ridge).to(K) * torch.ones_like(inverse)
-    share = torch.ones_like(inverse) if weights is None else torch.as_tensor(weights).to(K)
-    share = 1 / share.clamp(min=1)     # of a row of weight 3 one unit is left out
+    counts = weights if worth is None else weights / torch.as_tensor(worth).to(K)[Y.argmax(1)]
+    share = 1 / counts.clamp(min=1)     # of a row of weight 3 one unit is left out
     kept = 1 - share * (1 - ridge * inverse)
     return (Y - ridge[:, None] * machine.coef / kept[:, None]).cpu().numpy(), Y.cpu().numpy()
 
@@ -110,6 +111,6 @@ class Probabilities:
         if self.calibration_ is not None: return self.calibration_
         if self.machine_ not in _KNOWN:
             reg = float(self.history_["reg"][self.best_round_])
-            F, Y = leave_one_out(self.machine_, reg, self.weights_)
+            F, Y = leave_one_out(self.machine_, reg, self.weights_, self.class_weight_)
             _KNOWN[self.machine_] = Calibration.fit(F, Y.argmax(1), self.weights_)
         return _KNOWN[self.machine_]

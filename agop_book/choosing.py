@@ -22,7 +22,7 @@ from .crossfit import RIDGES, adapted, unit_metric
 from .design import Design, Identity
 from .devices import device as pick_device
 from .estimators import like_targets, send
-from .folds import counts, fold_weights, held_out, merged, sampled
+from .folds import fold_weights, held_out, merged, sampled
 from .kernelrfm import KernelRFM
 from .kernels import Kernel
 from .matrices import matrix_power
@@ -34,9 +34,6 @@ from .structures import Blocks
 # %% ../nbs/workshop/choosing.ipynb #8d73ae78
 _CHOOSE_ON = 2000   # rows at most: the search then takes as long as a few solves of twice as many
 _FOLDS = 3
-_WILD = 100.0  # spreads from the centre, beyond which a number says nothing of others
-_WILD_SHARE = 0.01   # of the rows, if no more have such numbers: else they are the table's nature
-_WORTH = 1e-6   # what such a row counts: hardly anything for the choice and for the solve
 _CODES = 8   # whole numbers of 3 to so many values may be categories: both ways are tried
 
 
@@ -46,38 +43,38 @@ class _Rows:
     A row weighs its count times `each`, which says what its class is worth: no count, and not
     dealt out."""
 
-    def __init__(self, X, Y, weights, each, rng, relative):
-        rows, weights = merged(X, Y, weights)
+    def __init__(self, X, Y, weights, each, rng):
+        rows, self.counts, self.shared = merged(X, Y, weights)
         self.X = X[rows]
         self.Y = Y[rows]
-        self.counts, unit = counts(weights)
-        self.each = np.full(len(rows), 1.0 if relative else unit)
-        if each is not None:
-            self.each *= each[rows]
+        self.each = np.ones(len(rows)) if each is None else each[rows]
         self.rng = rng
 
     @property
     def weights(self):
         return self.counts * self.each
 
+    def _sampled(self):
+        return sampled(self.counts, _CHOOSE_ON, self.rng, self.shared)
+
     def folds(self):
         "Rows of a part, targets, weights, and what each fold leaves out `(k, n)`."
-        part = sampled(self.counts, _CHOOSE_ON, self.rng)
+        part = self._sampled()
         some = part > 0
         part, each = part[some], self.each[some]
-        dealt = fold_weights(part, _FOLDS, self.rng)
+        dealt = fold_weights(part, _FOLDS, self.rng, self.shared[some])
         return self.X[some], self.Y[some], part * each, dealt * each
 
     def hold_out(self, fraction):
         "Validation rows, their targets and weights; what stays to train on is in `counts`."
-        out = held_out(self.counts, fraction, self.rng)
+        out = held_out(self.counts, fraction, self.rng, self.shared)
         self.counts = self.counts - out
         some = out > 0
         return self.X[some], self.Y[some], (out * self.each)[some]
 
     def beside(self, X_val, Y_val, w_val):
         "As `folds`, with validation rows in place of folds."
-        part = sampled(self.counts, _CHOOSE_ON, self.rng)
+        part = self._sampled()
         some = part > 0
         weights = (part * self.each)[some]
         left_out = np.concatenate([0 * weights, w_val])[None]
@@ -145,7 +142,7 @@ class ChoosingRFM(KernelRFM):
         "Search on a part of the rows, and solve on all of them."
         rng = check_random_state(self.random_state)
         device = pick_device(self.device)
-        rows = self._distinct(X, y, weights, each, rng)
+        rows = _Rows(X, self._encode(y, np.float64), weights, each, rng)
         offset, unit = self._units(rows)
         part = self._part(rows, X_val, y_val, y)
         designs = functools.cache(
@@ -168,16 +165,6 @@ class ChoosingRFM(KernelRFM):
             finally:
                 if search.best is not None:
                     self._settle(search, rows, designs, offset, unit, device)
-
-    def _distinct(self, X, y, weights, each, rng):
-        "The `_Rows`; a few with numbers that are far from all others lose their weight."
-        relative = self._is_adaptive()
-        rows = _Rows(X, self._encode(y, np.float64), weights, each, rng, relative)
-        if self.channels or not relative: return rows
-        far = self._design(rows.X, rows.weights, "winsorised", 0).farthest(rows.X) > _WILD
-        if rows.counts[far].sum() <= max(1, _WILD_SHARE * rows.counts.sum()):
-            rows.each[far] *= _WORTH
-        return rows
 
     def _units(self, rows):
         "The mean and the scale of every target; 0 and 1 where they stay as they are."

@@ -88,11 +88,6 @@ class Design:
                 part.slopes(X, slopes[:, place])
         return slopes
 
-    def farthest(self, X):
-        "How far out `(m,)` the farthest number of each row is, in spreads of its column."
-        found = [part.farthest(X) for part in self.parts_ if isinstance(part, Numbers)]
-        return found[0] if found else np.zeros(len(X))
-
     def to_state(self):
         "What was learned, as JSON holds it; floats come back exactly."
         parts = [[type(part).__name__, part.to_state()] for part in self.parts_]

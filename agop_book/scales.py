@@ -76,10 +76,6 @@ class Score:
         self.spread = np.asarray(spread, float)   # above 0, `(k,)`
         self.clip = clip                          # spreads; beyond, rows look more and more alike
 
-    def distance(self, X):
-        "How many spreads `(m, k)` the numbers are from their centres."
-        return np.abs(self._u(X))
-
     def _u(self, X):
         with np.errstate(over="ignore"):
             return np.clip((X - self.centre) / self.spread, -1e150, 1e150)

@@ -73,7 +73,9 @@ CLASSIFIERS = {
     "MapRFM shared": MapRFMClassifier("shared", channels=4, n_iter=1),
     "ConvRFM": ConvRFMClassifier(**IMAGE),
     "DeepRFM": DeepRFMClassifier(**IMAGE | {"depth": 2}, padding="zero", width=4),
-    "TransferRFM": TransferRFM(SOURCE, RFMClassifier(bandwidth=10.0, n_iter=1), cv=None, weight=1.0),
+    "TransferRFM": TransferRFM(
+        SOURCE, RFMClassifier(bandwidth=10.0, n_iter=1), cv=None, weight=1.0
+    ),
 }
 EVERY = {
     f"{kind} {name}": model
@@ -416,7 +418,9 @@ def test_rows_far_from_the_others_keep_their_distances():
     X[:, 0] = 1e6 * (np.arange(300) % 2)
     y = np.sin(2 * X[:, 1]) + X[:, 2]
     single, double = (
-        RFMRegressor(bandwidth=10.0, n_iter=0).fit(X[:200].astype(t), y[:200]).score(X[200:].astype(t), y[200:])
+        RFMRegressor(bandwidth=10.0, n_iter=0)
+        .fit(X[:200].astype(t), y[:200])
+        .score(X[200:].astype(t), y[200:])
         for t in (np.float32, np.float64)
     )
     assert double > 0.8 and abs(single - double) < 1e-3
@@ -488,7 +492,10 @@ def test_agop_equals_differences(name):
 
 def test_agop_of_two_classes():
     X = rows()
-    for model in (RFMClassifier(bandwidth=10.0, n_iter=1), MapRFMClassifier("shared", channels=4, n_iter=1)):
+    for model in (
+        RFMClassifier(bandwidth=10.0, n_iter=1),
+        MapRFMClassifier("shared", channels=4, n_iter=1),
+    ):
         model.fit(X, X[:, 0] > 0)
         closed, other = agop(model, X[:10]), agop(model, X[:10], method="differences")
         np.testing.assert_allclose(closed, other, atol=2e-3 * np.abs(other).max())
@@ -565,7 +572,8 @@ def test_damage_is_found(name, tmp_path):
 
 
 def test_many_writers_of_one_file(tmp_path):
-    models = [RFMRegressor(bandwidth=10.0, n_iter=0).fit(rows(seed=s), rows(seed=s)[:, 0]) for s in range(4)]
+    plain = RFMRegressor(bandwidth=10.0, n_iter=0)
+    models = [base.clone(plain).fit(rows(seed=s), rows(seed=s)[:, 0]) for s in range(4)]
     found = []
 
     def save(model):
@@ -618,9 +626,7 @@ def test_files_of_the_first_edition_load(name, tmp_path):
     arrays = {key: np.ascontiguousarray(value) for key, value in arrays.items()}
     save_file(arrays, tmp_path / "m", metadata={"agop_book": json.dumps(old_header(model))})
     again = type(model).load(tmp_path / "m")
-    np.testing.assert_allclose(
-        again.predict(rows(seed=1)), model.predict(rows(seed=1)), atol=1e-8
-    )
+    np.testing.assert_allclose(again.predict(rows(seed=1)), model.predict(rows(seed=1)), atol=1e-8)
 
 
 # --- refusals
@@ -729,7 +735,9 @@ def test_bad_parameters_are_refused(name, params):
     "make, what",
     [
         (
-            lambda: RFMRegressor(bandwidth=10.0).fit(np.zeros((3, 60_000), np.float32), np.arange(3)),
+            lambda: RFMRegressor(bandwidth=10.0).fit(
+                np.zeros((3, 60_000), np.float32), np.arange(3)
+            ),
             "60,000 features",
         ),
         (
@@ -849,7 +857,9 @@ def test_no_ridge_mends_a_matrix_of_nothing():
         assert np.isfinite(kernel(X)).all()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            assert np.isfinite(RFMRegressor(kernel, bandwidth=10.0, n_iter=0).fit(X, X[:, 1]).predict(X)).all()
+            assert np.isfinite(
+                RFMRegressor(kernel, bandwidth=10.0, n_iter=0).fit(X, X[:, 1]).predict(X)
+            ).all()
     with pytest.raises(ValueError, match="bandwidth"):
         Laplace(1e-320)
 
@@ -860,7 +870,9 @@ def test_warm_start_with_other_columns_starts_afresh():
     model = RFMRegressor(bandwidth=10.0, n_iter=2, warm_start=True).fit(X, y)
     with pytest.warns(UserWarning, match="starting afresh"):
         model.fit(X[X.columns[::-1]], y)
-    np.testing.assert_allclose(model.M_, RFMRegressor(bandwidth=10.0, n_iter=2).fit(X[X.columns[::-1]], y).M_)
+    np.testing.assert_allclose(
+        model.M_, RFMRegressor(bandwidth=10.0, n_iter=2).fit(X[X.columns[::-1]], y).M_
+    )
 
 
 def test_files_that_load_could_not_open_are_not_written(tmp_path):
@@ -868,7 +880,9 @@ def test_files_that_load_could_not_open_are_not_written(tmp_path):
         pass
 
     with pytest.raises(ValueError, match="class of your own"):
-        RFMRegressor(Own(3.0), bandwidth=10.0, n_iter=0).fit(rows(), rows()[:, 0]).save(tmp_path / "m")
+        RFMRegressor(Own(3.0), bandwidth=10.0, n_iter=0).fit(rows(), rows()[:, 0]).save(
+            tmp_path / "m"
+        )
     model = MapRFMRegressor(
         n_iter=0, reg=np.array([1e-3, 1e-2]), validation_fraction=0.3, random_state=0
     ).fit(rows(), rows()[:, 0])

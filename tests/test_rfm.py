@@ -30,7 +30,12 @@ from agop_book.structures import Diagonal, Full
 
 
 @parametrize_with_checks(
-    [RFMRegressor(), RFMClassifier(), RFMRegressor(bandwidth=10.0, diag=True), RFMClassifier(bandwidth=10.0, kernel="ntk")]
+    [
+        RFMRegressor(),
+        RFMClassifier(),
+        RFMRegressor(bandwidth=10.0, diag=True),
+        RFMClassifier(bandwidth=10.0, kernel="ntk"),
+    ]
 )
 def test_sklearn(estimator, check):
     check(estimator)
@@ -144,7 +149,8 @@ def test_families_in_and_out(family):
     for out in (model.predict(convert(X)), model.transform(convert(X))):
         assert isinstance(out, kind) and len(out) == 40
     np.testing.assert_allclose(
-        np.asarray(model.predict(convert(X))), RFMRegressor(bandwidth=10.0, n_iter=1).fit(X, Y).predict(X)
+        np.asarray(model.predict(convert(X))),
+        RFMRegressor(bandwidth=10.0, n_iter=1).fit(X, Y).predict(X),
     )
     if family == "pandas":
         assert list(model.feature_names_in_) == ["f0", "f1", "f2", "f3"]
@@ -219,7 +225,9 @@ def test_validation_keeps_the_best_round():
     X, y = problem(120, 6)
     rng = np.random.default_rng(0)
     X_val, y_val = problem(60, 6, seed=1)
-    model = RFMRegressor(bandwidth=10.0, n_iter=4, reg=1e-2).fit(X, y + rng.normal(size=120), X_val, y_val)
+    model = RFMRegressor(bandwidth=10.0, n_iter=4, reg=1e-2).fit(
+        X, y + rng.normal(size=120), X_val, y_val
+    )
     scores = model.history_["val_score"]
     assert len(scores) == 5 and model.best_round_ == scores.idxmax()
     assert model.score(X_val, y_val) == pytest.approx(scores.max())
@@ -271,7 +279,9 @@ def test_search_clone_and_joblib(tmp_path):
 def test_save_and_load_without_pickle(tmp_path, options):
     X, y = load_iris(return_X_y=True, as_frame=True)
     for labels in (y, y.map({0: "a", 1: "b", 2: "c"})):
-        model = RFMClassifier(bandwidth=10.0, n_iter=options.pop("n_iter", 2), **options).fit(X, labels)
+        model = RFMClassifier(bandwidth=10.0, n_iter=options.pop("n_iter", 2), **options).fit(
+            X, labels
+        )
         model.save(tmp_path / "model")
         again = RFMClassifier.load(tmp_path / "model")
         np.testing.assert_array_equal(again.predict(X), model.predict(X))

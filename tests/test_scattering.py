@@ -348,7 +348,10 @@ def test_row_span_is_exact():
     Z, Z_test = span.transform(X), span.transform(X_test)
     assert Z.shape == (30, 30) and np.allclose(Z[:, -1], 0) and (Z_test[:, -1] > 0).all()
     for n_iter in (0, 1, 2):
-        a, b = RFMRegressor(bandwidth=10.0, n_iter=n_iter).fit(X, y), RFMRegressor(bandwidth=10.0, n_iter=n_iter).fit(Z, y)
+        a, b = (
+            RFMRegressor(bandwidth=10.0, n_iter=n_iter).fit(X, y),
+            RFMRegressor(bandwidth=10.0, n_iter=n_iter).fit(Z, y),
+        )
         assert np.allclose(a.predict(X_test), b.predict(Z_test), atol=1e-8)
 
 

@@ -25,6 +25,11 @@ MODES = ("fixed", "blend", "initial")
 D = 8
 
 
+def rfm(**params):
+    "A regressor that is the plain algorithm."
+    return RFMRegressor(bandwidth=10.0, **params)
+
+
 def task(f=lambda X: X[:, 0] * X[:, 1], n=40, seed=0, d=D):
     X = np.random.default_rng(seed).normal(size=(n, d))
     return X, f(X)
@@ -46,7 +51,7 @@ def metric(d=D, seed=0):
 
 @pytest.fixture(scope="module")
 def source():
-    return RFMRegressor(bandwidth=10.0, n_iter=3).fit(*task(n=400))
+    return rfm(n_iter=3).fit(*task(n=400))
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +91,9 @@ def test_units_where_the_matrix_sees_nothing():
         ):
             normalised(M, X - X.mean(0))
         with pytest.raises(ValueError, match="identity above 0"):
-            transfer(M, (X, target()[1]), RFMRegressor(bandwidth=10.0))
+            transfer(M, (X, target()[1]), rfm())
     with pytest.raises(ValueError, match="same row again and again"):
-        transfer(np.eye(D), (np.ones((5, D)), np.arange(5.0)), RFMRegressor(bandwidth=10.0))
+        transfer(np.eye(D), (np.ones((5, D)), np.arange(5.0)), rfm())
 
 
 def test_a_mixture_keeps_the_units():
@@ -132,29 +137,29 @@ def test_rotations_favour_no_direction():
 def test_rfm_starts_from_a_given_matrix(diag):
     X, y = target()
     M = metric().diagonal() if diag else metric()
-    model = RFMRegressor(bandwidth=10.0, n_iter=0, diag=diag, reg=1e-2).fit(X, y, M=M)
+    model = rfm(n_iter=0, diag=diag, reg=1e-2).fit(X, y, M=M)
     K = Laplace()(X, M=M)
     np.testing.assert_allclose(
         model.dual_coef_, np.linalg.solve(K + 1e-2 * np.eye(len(X)), y), rtol=1e-8
     )
     np.testing.assert_allclose(model.M_, M)
-    first = RFMRegressor(bandwidth=10.0, n_iter=1, diag=diag, reg=1e-2).fit(X, y, M=M)
+    first = rfm(n_iter=1, diag=diag, reg=1e-2).fit(X, y, M=M)
     np.testing.assert_allclose(
         first.M_, model.machine_.agop(center=True, diag=diag), rtol=1e-6, atol=1e-12
     )
-    going_on = RFMRegressor(bandwidth=10.0, n_iter=1, diag=diag, reg=1e-2, warm_start=True).fit(X, y)
+    going_on = rfm(n_iter=1, diag=diag, reg=1e-2, warm_start=True).fit(X, y)
     same(going_on.set_params(n_iter=0).fit(X, y, M=M), model, X)  # a given matrix starts afresh
 
 
 def test_rfm_matrix_of_the_wrong_kind():
     X, y = target()
     with pytest.raises(ValueError, match=r"M has shape \(3, 3\)"):
-        RFMRegressor(bandwidth=10.0).fit(X, y, M=np.eye(3))
+        rfm().fit(X, y, M=np.eye(3))
     with pytest.raises(ValueError, match="positive semi-definite"):
-        RFMRegressor(bandwidth=10.0).fit(X, y, M=-np.eye(D))
+        rfm().fit(X, y, M=-np.eye(D))
     with pytest.raises(ValueError, match="diag=True"):
-        RFMRegressor(bandwidth=10.0, diag=True).fit(X, y, M=np.eye(D))
-    same(RFMRegressor(bandwidth=10.0, n_iter=0).fit(X, y, M=np.ones(D)), RFMRegressor(bandwidth=10.0, n_iter=0).fit(X, y), X)
+        rfm(diag=True).fit(X, y, M=np.eye(D))
+    same(rfm(n_iter=0).fit(X, y, M=np.ones(D)), rfm(n_iter=0).fit(X, y), X)
 
 
 def test_convrfm_starts_from_a_given_matrix(tmp_path):
@@ -191,10 +196,10 @@ def test_convrfm_starts_from_a_given_matrix(tmp_path):
 @pytest.mark.parametrize(
     "learner, data",
     [
-        (RFMRegressor(bandwidth=10.0, n_iter=0), target()),
+        (rfm(n_iter=0), target()),
         (RFMClassifier(bandwidth=10.0, n_iter=0), classes()),
-        (RFMRegressor(bandwidth=10.0, n_iter=0, diag=True), target()),
-        (RFMRegressor(bandwidth=10.0, n_iter=0, kernel="gaussian"), target()),
+        (rfm(n_iter=0, diag=True), target()),
+        (rfm(n_iter=0, kernel="gaussian"), target()),
     ],
 )
 def test_the_identity_is_no_transfer(learner, data):
@@ -214,20 +219,20 @@ def test_the_identity_is_no_transfer(learner, data):
 
 
 def test_the_modes_meet(source):
-    data, plain = target(), RFMRegressor(bandwidth=10.0, n_iter=0)
+    data, plain = target(), rfm(n_iter=0)
     X = target(seed=5)[0]
     fixed = transfer(source, data, plain)
     same(transfer(source, data, plain, mode="initial"), fixed, X)
-    same(transfer(source, data, RFMRegressor(bandwidth=10.0, n_iter=2), mode="blend", weight=1.0), fixed, X)
-    own = RFMRegressor(bandwidth=10.0, n_iter=2).fit(*data)
+    same(transfer(source, data, rfm(n_iter=2), mode="blend", weight=1.0), fixed, X)
+    own = rfm(n_iter=2).fit(*data)
     same(
-        transfer(source, data, RFMRegressor(bandwidth=10.0, n_iter=2), mode="blend", weight=0.0),
+        transfer(source, data, rfm(n_iter=2), mode="blend", weight=0.0),
         transfer(own, data, plain),
         X,
     )
     same(
-        transfer(source, data, RFMRegressor(bandwidth=10.0, n_iter=2), mode="initial", cv=None),
-        RFMRegressor(bandwidth=10.0, n_iter=2).fit(*data, M=fixed.M_),
+        transfer(source, data, rfm(n_iter=2), mode="initial", cv=None),
+        rfm(n_iter=2).fit(*data, M=fixed.M_),
         X,
     )
     same(transfer(source.M_, data, plain), fixed, X)
@@ -241,7 +246,7 @@ def test_the_modes_meet(source):
 def test_the_matrix_written_out(source):
     X, y = target()
     model = transfer(
-        source, (X, y), RFMRegressor(bandwidth=10.0, n_iter=1), mode="blend", weight=0.3, identity=0.2, power=0.5
+        source, (X, y), rfm(n_iter=1), mode="blend", weight=0.3, identity=0.2, power=0.5
     )
 
     def unit(M):
@@ -249,46 +254,42 @@ def test_the_matrix_written_out(source):
         root, Z = V * np.sqrt(values.clip(0)) @ V.T, X - X.mean(0)
         return root * np.square(Z).sum() / np.trace(Z @ root @ Z.T)
 
-    wanted = 0.8 * (
-        0.3 * unit(source.M_) + 0.7 * unit(RFMRegressor(bandwidth=10.0, n_iter=1).fit(X, y).M_)
-    ) + 0.2 * np.eye(D)
+    wanted = 0.8 * (0.3 * unit(source.M_) + 0.7 * unit(rfm(n_iter=1).fit(X, y).M_)) + 0.2 * np.eye(
+        D
+    )
     np.testing.assert_allclose(model.M0_, wanted, atol=1e-10)
     np.testing.assert_allclose(model.M_, wanted, atol=1e-10)
 
 
 def test_a_diagonal_source_serves_a_full_learner_and_its_own_kind():
     data = target()
-    diagonal = RFMRegressor(bandwidth=10.0, n_iter=2, diag=True).fit(*task(n=200))
-    full = transfer(diagonal, data, RFMRegressor(bandwidth=10.0, n_iter=1), mode="blend", weight=0.5)
+    diagonal = rfm(n_iter=2, diag=True).fit(*task(n=200))
+    full = transfer(diagonal, data, rfm(n_iter=1), mode="blend", weight=0.5)
     assert full.M_.shape == (D, D)
     alike = transfer(diagonal, data, mode="blend", weight=0.5)
     assert alike.M_.shape == (D,) and alike.learner_.diag
     same(
-        transfer(diagonal, data, RFMRegressor(bandwidth=10.0, n_iter=0)),
-        transfer(diagonal, data, RFMRegressor(bandwidth=10.0, n_iter=0, diag=True)),
+        transfer(diagonal, data, rfm(n_iter=0)),
+        transfer(diagonal, data, rfm(n_iter=0, diag=True)),
         data[0],
     )
 
 
 def test_single_precision(source):
     X, y = target()
-    single = RFMRegressor(bandwidth=10.0, n_iter=3).fit(*(a.astype(np.float32) for a in task(n=400)))
+    single = rfm(n_iter=3).fit(*(a.astype(np.float32) for a in task(n=400)))
     for M in (
         single,
         single.M_,
         single.M_.astype(np.float64),
     ):  # rounding leaves eigenvalues a little below 0
         low = transfer(
-            M,
-            (X.astype(np.float32), y.astype(np.float32)),
-            RFMRegressor(bandwidth=10.0, n_iter=1),
-            mode="blend",
-            weight=0.5,
+            M, (X.astype(np.float32), y.astype(np.float32)), rfm(n_iter=1), mode="blend", weight=0.5
         )
         assert low.predict(X.astype(np.float32)).dtype == np.float32
     np.testing.assert_allclose(
-        transfer(single, (X, y), RFMRegressor(bandwidth=10.0, n_iter=0)).predict(X),
-        transfer(source, (X, y), RFMRegressor(bandwidth=10.0, n_iter=0)).predict(X),
+        transfer(single, (X, y), rfm(n_iter=0)).predict(X),
+        transfer(source, (X, y), rfm(n_iter=0)).predict(X),
         atol=0.02,
     )
 
@@ -298,7 +299,7 @@ def test_single_precision(source):
 
 def test_choices_are_the_best_of_the_folds(source):
     X, y = target(60)
-    blend = dict(learner=RFMRegressor(bandwidth=10.0, n_iter=1), mode="blend")
+    blend = dict(learner=rfm(n_iter=1), mode="blend")
     open_ = dict(identity=[0.1, 0.5, 1.0], power=[0.5, 1.0], random_state=3)
     model = transfer(source, (X, y), **blend, **open_)
     table = model.cv_results_
@@ -316,22 +317,20 @@ def test_choices_are_the_best_of_the_folds(source):
 
 
 def test_rounds_after_an_initial_matrix_are_chosen(source):
-    model = transfer(source, target(60), RFMRegressor(bandwidth=10.0, n_iter=3), mode="initial")
+    model = transfer(source, target(60), rfm(n_iter=3), mode="initial")
     assert (
         list(model.cv_results_["n_iter"]) == [0, 1, 2, 3]
         and model.n_iter_ == model.cv_results_["n_iter"][model.cv_results_["mean"].idxmax()]
     )
     assert len(model.history_) == model.n_iter_ + 1
-    assert (
-        transfer(source, target(60), RFMRegressor(bandwidth=10.0, n_iter=3), mode="initial", cv=None).n_iter_ == 3
-    )
-    assert transfer(source, target(60), RFMRegressor(bandwidth=10.0, n_iter=3)).cv_results_ is None
+    assert transfer(source, target(60), rfm(n_iter=3), mode="initial", cv=None).n_iter_ == 3
+    assert transfer(source, target(60), rfm(n_iter=3)).cv_results_ is None
 
 
 def test_ties_go_to_what_is_listed_first():
     data = target()
-    assert transfer(np.eye(D), data, RFMRegressor(bandwidth=10.0, n_iter=0), identity=[0.5, 0.2]).identity_ == 0.5
-    assert transfer(np.eye(D), data, RFMRegressor(bandwidth=10.0, n_iter=0), identity=[0.2, 0.5]).identity_ == 0.2
+    assert transfer(np.eye(D), data, rfm(n_iter=0), identity=[0.5, 0.2]).identity_ == 0.5
+    assert transfer(np.eye(D), data, rfm(n_iter=0), identity=[0.2, 0.5]).identity_ == 0.2
 
 
 def test_few_samples_of_a_class():
@@ -342,11 +341,15 @@ def test_few_samples_of_a_class():
     ):
         transfer(metric(), (X, y), RFMClassifier(bandwidth=10.0, n_iter=1), mode="blend")
     assert (
-        transfer(metric(), (X, y), RFMClassifier(bandwidth=10.0, n_iter=1), mode="blend", weight=0.5).cv_results_
+        transfer(
+            metric(), (X, y), RFMClassifier(bandwidth=10.0, n_iter=1), mode="blend", weight=0.5
+        ).cv_results_
         is None
     )
     assert set(
-        transfer(metric(), (X, y), RFMClassifier(bandwidth=10.0, n_iter=1), mode="initial", cv=2).classes_
+        transfer(
+            metric(), (X, y), RFMClassifier(bandwidth=10.0, n_iter=1), mode="initial", cv=2
+        ).classes_
     ) == {"high", "low", "rare"}
 
 
@@ -368,7 +371,9 @@ def test_scikit_learn_habits(source):
         error_score="raise",
     ).fit(X, y)
     assert search.best_estimator_.source is source
-    piped = make_pipeline(FunctionTransformer(), TransferRFM(source, RFMClassifier(bandwidth=10.0))).fit(X, y)
+    piped = make_pipeline(
+        FunctionTransformer(), TransferRFM(source, RFMClassifier(bandwidth=10.0))
+    ).fit(X, y)
     assert 0.5 < piped.score(X, y) <= 1
     assert model.decision_function(X).shape == (60,) and model.transform(X).shape == X.shape
     assert model.n_features_in_ == D
@@ -399,30 +404,25 @@ def test_learner_from_the_source():
 
 def test_families_of_data(source):
     X, y = target()
-    a = transfer(source, (X, y), RFMRegressor(bandwidth=10.0, n_iter=1), mode="initial")
+    a = transfer(source, (X, y), rfm(n_iter=1), mode="initial")
     frame = pd.DataFrame(X, columns=[f"f{i}" for i in range(D)], index=range(100, 140))
     b = transfer(
-        source,
-        (frame, pd.Series(y, frame.index, name="height")),
-        RFMRegressor(bandwidth=10.0, n_iter=1),
-        mode="initial",
+        source, (frame, pd.Series(y, frame.index, name="height")), rfm(n_iter=1), mode="initial"
     )
-    c = transfer(
-        source, (torch.from_numpy(X), torch.from_numpy(y)), RFMRegressor(bandwidth=10.0, n_iter=1), mode="initial"
-    )
+    c = transfer(source, (torch.from_numpy(X), torch.from_numpy(y)), rfm(n_iter=1), mode="initial")
     assert isinstance(b.predict(frame), np.ndarray) and isinstance(
         c.predict(torch.from_numpy(X)), torch.Tensor
     )
     np.testing.assert_allclose(b.predict(frame), a.predict(X))
     np.testing.assert_allclose(c.predict(torch.from_numpy(X)), a.predict(X))
-    same(transfer(source, (X.tolist(), y.tolist()), RFMRegressor(bandwidth=10.0, n_iter=1), mode="initial"), a, X)
-    two = transfer(source, (X, np.stack([y, -y], 1)), RFMRegressor(bandwidth=10.0, n_iter=1), mode="blend")
+    same(transfer(source, (X.tolist(), y.tolist()), rfm(n_iter=1), mode="initial"), a, X)
+    two = transfer(source, (X, np.stack([y, -y], 1)), rfm(n_iter=1), mode="blend")
     assert two.predict(X).shape == (40, 2)
 
 
 def test_the_fitted_learner_saves(source, tmp_path):
     X, y = target()
-    model = transfer(source, (X, y), RFMRegressor(bandwidth=10.0, n_iter=1), mode="initial")
+    model = transfer(source, (X, y), rfm(n_iter=1), mode="initial")
     model.learner_.save(tmp_path / "m.safetensors")
     same(RFMRegressor.load(tmp_path / "m.safetensors"), model, X)
 
@@ -432,8 +432,8 @@ def test_the_fitted_learner_saves(source, tmp_path):
 
 def test_shared_features_help_and_others_hurt():
     source, other = (
-        RFMRegressor(bandwidth=10.0, n_iter=3).fit(*task(n=500, d=20)),
-        RFMRegressor(bandwidth=10.0, n_iter=3).fit(*task(lambda X: X[:, 2] * X[:, 3], 500, d=20)),
+        rfm(n_iter=3).fit(*task(n=500, d=20)),
+        rfm(n_iter=3).fit(*task(lambda X: X[:, 2] * X[:, 3], 500, d=20)),
     )
     X_test, y_test = target(1000, 99, 20)
     gains = {name: [] for name in ("fixed", "blend", "initial", "turned", "other")}
@@ -441,10 +441,10 @@ def test_shared_features_help_and_others_hurt():
         data = target(60, seed, 20)
 
         def score(M, **options):
-            model = transfer(M, data, RFMRegressor(bandwidth=10.0, n_iter=1), **options)
+            model = transfer(M, data, rfm(n_iter=1), **options)
             return model.score(X_test, y_test)
 
-        none = RFMRegressor(bandwidth=10.0, n_iter=0).fit(*data).score(X_test, y_test)
+        none = rfm(n_iter=0).fit(*data).score(X_test, y_test)
         for mode in MODES:
             gains[mode].append(score(source, mode=mode) - none)
         gains["turned"].append(score(rotated(source.M_, seed)) - none)
@@ -494,10 +494,7 @@ def test_conv_modes(conv_source, mode):
 
 def bad_frames(source):
     frame = pd.DataFrame(task(n=50)[0], columns=list("abcdefgh"))
-    return RFMRegressor(bandwidth=10.0, n_iter=1).fit(frame, task(n=50)[1]), (
-        frame[list("hgfedcba")],
-        task(n=50)[1],
-    )
+    return rfm(n_iter=1).fit(frame, task(n=50)[1]), (frame[list("hgfedcba")], task(n=50)[1])
 
 
 @pytest.mark.parametrize(
@@ -520,12 +517,8 @@ def bad_frames(source):
             NotFittedError,
             r"source=RFMRegressor\(\) is not fitted yet: call source.fit",
         ),
-        (TransferRFM(np.eye(8), RFMRegressor(bandwidth=10.0)), NotFittedError, "is not fitted yet"),
-        (
-            RFMRegressor(bandwidth=10.0, n_iter=1).fit(*task(d=5)),
-            ValueError,
-            r"shape \(5, 5\), but X has 8 features",
-        ),
+        (TransferRFM(np.eye(8), rfm()), NotFittedError, "is not fitted yet"),
+        (rfm(n_iter=1).fit(*task(d=5)), ValueError, r"shape \(5, 5\), but X has 8 features"),
         (FunctionTransformer(), TypeError, "has no AGOP"),
         (
             "mnist",
@@ -539,7 +532,7 @@ def bad_frames(source):
 def test_bad_sources(wrong, kind, text):
     for mode in MODES:
         with pytest.raises(kind, match=text):
-            transfer(wrong, target(), RFMRegressor(bandwidth=10.0, n_iter=1), mode=mode)
+            transfer(wrong, target(), rfm(n_iter=1), mode=mode)
 
 
 @pytest.mark.parametrize(
@@ -566,12 +559,12 @@ def test_bad_sources(wrong, kind, text):
         ),
         ({"identity": [0.1, 0.5], "cv": None}, ValueError, "identity=.* holds 2 values"),
         (
-            {"mode": "blend", "learner": RFMRegressor(bandwidth=10.0, n_iter=0)},
+            {"mode": "blend", "learner": rfm(n_iter=0)},
             ValueError,
             "mode='blend' needs the target's own AGOP, but learner has n_iter=0",
         ),
         (
-            {"learner": RFMRegressor(bandwidth=10.0, validation_fraction=0.2)},
+            {"learner": rfm(validation_fraction=0.2)},
             ValueError,
             "learner has validation_fraction=0.2",
         ),
@@ -582,7 +575,7 @@ def test_bad_sources(wrong, kind, text):
             "learner must be an RFM or ConvRFM estimator",
         ),
         (
-            {"learner": RFMRegressor(bandwidth=10.0, diag=True)},
+            {"learner": rfm(diag=True)},
             ValueError,
             r"source holds a full matrix \(8, 8\), but learner has diag=True; "
             r"pass source=M.diagonal\(\)",
@@ -593,14 +586,14 @@ def test_bad_sources(wrong, kind, text):
 )
 def test_bad_options(options, kind, text):
     with pytest.raises(kind, match=text):
-        transfer(metric(), target(), **{"learner": RFMRegressor(bandwidth=10.0, n_iter=1), **options})
+        transfer(metric(), target(), **{"learner": rfm(n_iter=1), **options})
 
 
 @pytest.mark.parametrize(
     "data, kind, text",
     [
         (target()[0], TypeError, r"target must be a pair \(X, y\)"),
-        (RFMRegressor(bandwidth=10.0), TypeError, "target must be a pair"),
+        (rfm(), TypeError, "target must be a pair"),
         ((target()[0], target()[1][:-1]), ValueError, "inconsistent numbers of samples"),
         ((target()[0] * np.nan, target()[1]), ValueError, "X contains NaN"),
         ((target()[0][:, 0], target()[1]), ValueError, "Expected 2D array"),
@@ -610,7 +603,7 @@ def test_bad_options(options, kind, text):
 def test_bad_targets(data, kind, text):
     for mode in MODES:
         with pytest.raises(kind, match=text):
-            transfer(metric(), data, RFMRegressor(bandwidth=10.0, n_iter=1), mode=mode)
+            transfer(metric(), data, rfm(n_iter=1), mode=mode)
 
 
 def test_columns_in_another_order(source):
@@ -622,36 +615,34 @@ def test_columns_in_another_order(source):
 
 def test_patches_that_do_not_fit(conv_source):
     X, y = stars(12, 0.5, 16, random_state=0)
-    fits = dict(depth=1, patch_size=7)
+    learner = ConvRFMClassifier(depth=1, patch_size=7)
     with pytest.raises(
         ValueError,
         match=r"source was learned on patches of 3 x 7 x 7 .* "
         r"patches of X hold 1 x 7 x 7 = 49 numbers.*X.mean\(1, keepdims=True\)",
     ):
-        transfer(conv_source, (X[:, :1], y), ConvRFMClassifier(**fits))
+        transfer(conv_source, (X[:, :1], y), learner)
     with pytest.raises(ValueError, match="patches of X hold 3 x 3 x 3 = 27 numbers.*patch_size=7"):
         transfer(conv_source, (X, y), ConvRFMClassifier(depth=1))
     with pytest.raises(
         ValueError, match=r"matrix of shape \(9, 9\), but patches of X hold 3 x 7 x 7"
     ):
-        transfer(np.eye(9), (X, y), ConvRFMClassifier(**fits))
+        transfer(np.eye(9), (X, y), learner)
     with pytest.raises(ValueError, match="on patches and one on whole rows do not compare"):
-        transfer(conv_source, (X.reshape(12, -1), y), RFMClassifier(bandwidth=10.0))
+        transfer(conv_source, (X.reshape(12, -1), y), RFMClassifier(bandwidth=9))
     with pytest.raises(ValueError, match="do not compare"):
-        transfer(
-            RFMClassifier(bandwidth=10.0, n_iter=1).fit(X.reshape(12, -1), y), (X, y), ConvRFMClassifier(**fits)
-        )
+        transfer(RFMClassifier(bandwidth=10.0, n_iter=1).fit(X.reshape(12, -1), y), (X, y), learner)
     with pytest.raises(ValueError, match="images must be"):
-        transfer(conv_source, (X[:, 0], y), ConvRFMClassifier(**fits))
+        transfer(conv_source, (X[:, 0], y), learner)
     with pytest.raises(ValueError, match="needs at least 7 x 7"):
-        transfer(conv_source, (X[:, :, :5, :5], y), ConvRFMClassifier(**fits))
+        transfer(conv_source, (X[:, :, :5, :5], y), learner)
 
 
 def test_nothing_warns(source):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for mode in MODES:
-            transfer(source, target(), RFMRegressor(bandwidth=10.0, n_iter=1), mode=mode)
+            transfer(source, target(), rfm(n_iter=1), mode=mode)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -659,7 +650,7 @@ def test_cuda_agrees(source):
     data = target()
     found = []
     for device in ("cuda", "cpu"):
-        learner = RFMRegressor(bandwidth=10.0, n_iter=1, device=device)
+        learner = rfm(n_iter=1, device=device)
         model = transfer(source, data, learner, mode="blend", weight=0.5)
         found.append(model.predict(data[0]))
     np.testing.assert_allclose(*found, atol=1e-3)

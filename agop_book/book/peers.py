@@ -29,7 +29,10 @@ from .chapters import closure
 class _XRFM(BaseEstimator):
     "What both kinds share."
 
-    def __init__(self, random_state=0):
+    def __init__(self, kernel="l2_high_dim", reg=1e-3, tuning_metric=None, random_state=0):
+        self.kernel = kernel
+        self.reg = reg
+        self.tuning_metric = tuning_metric
         self.random_state = random_state
 
     def _machine(self):
@@ -38,7 +41,11 @@ class _XRFM(BaseEstimator):
             from xrfm import xRFM
         except ImportError:
             raise ImportError("the model 'xRFM' needs the package xrfm: pip install xrfm") from None
-        return xRFM(device="cpu", verbose=False, random_state=self.random_state)
+        machine = xRFM(device="cpu", tuning_metric=self.tuning_metric, verbose=False,
+                       random_state=self.random_state)
+        machine.rfm_params["model"]["kernel"] = self.kernel
+        machine.rfm_params["fit"]["reg"] = self.reg
+        return machine
 
     def _fit(self, X, y):
         "Fit to four fifths of the rows, choose on the others."

@@ -39,8 +39,8 @@ def _is_weight(value):
 _ADAPTIVE = {
     **RULES,
     "refit": or_auto(flag()),
-    "class_weight": Rule(_is_class_weight, "None, 'balanced' or a dict from labels to finite weights "
-                         "of at least 0"),
+    "class_weight": Rule(_is_class_weight, "None, 'balanced' or a dict from labels to finite "
+                         "weights of at least 0"),
 }
 
 # %% ../nbs/workshop/adaptive.ipynb #efbc4fed

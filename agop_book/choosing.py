@@ -34,6 +34,9 @@ from .structures import Blocks
 # %% ../nbs/workshop/choosing.ipynb #8d73ae78
 _CHOOSE_ON = 2000   # rows at most: the search then takes as long as a few solves of twice as many
 _FOLDS = 3
+_WILD = 100.0        # spreads from the centre, where a number says nothing of others
+_WILD_SHARE = 0.01   # of the rows at most: where more are so far out, it is the table's nature
+_WORTH = 1e-6        # what such a row counts
 _CODES = 8   # whole numbers of 3 to so many values may be categories: both ways are tried
 
 
@@ -53,6 +56,10 @@ class _Rows:
     @property
     def weights(self):
         return self.counts * self.each
+
+    def relative(self):
+        "Weights over their mean, so that their unit says nothing."
+        return self.weights / self.weights.mean()
 
     def _sampled(self):
         return sampled(self.counts, _CHOOSE_ON, self.rng, self.shared)
@@ -143,19 +150,15 @@ class ChoosingRFM(KernelRFM):
         rng = check_random_state(self.random_state)
         device = pick_device(self.device)
         rows = _Rows(X, self._encode(y, np.float64), weights, each, rng)
+        self._hold_back(rows)
         offset, unit = self._units(rows)
         part = self._part(rows, X_val, y_val, y)
         designs = functools.cache(
-            lambda scale, codes: self._design(rows.X, rows.weights, scale, codes))
+            lambda scale, codes: self._design(rows.X, rows.relative(), scale, codes))
         search = self._search(part, self._unit_weight(rows), designs, offset, unit, device)
         scales = self._scales(rows)
         p = max(len(designs(*s).groups_) for s in scales)
-        tried = self._ways(p, len(unit))
-        for metric in {way.metric for way in tried} or self._metrics():
-            self._check_metric(X.shape[1], metric)
-        for way in tried:
-            SOLVERS[self.solver].plan(len(rows.X), p, len(unit), X.itemsize, self._limit(device),
-                                      self._structure(p, way.metric))
+        tried = self._possible_ways(rows, p, device)
         total = (len(scales) + len(tried) - 1) * (self.n_iter + 1)
         self._forget()
         with tqdm(total=total, disable=not self.verbose, desc=type(self).__name__) as bar:
@@ -165,6 +168,24 @@ class ChoosingRFM(KernelRFM):
             finally:
                 if search.best is not None:
                     self._settle(search, rows, designs, offset, unit, device)
+
+    def _possible_ways(self, rows, p, device):
+        "The `Way`s for designs of `p` columns; ValueError or MemoryError where there is none."
+        c = rows.Y.shape[1]
+        tried = self._ways(p, c)
+        for metric in {way.metric for way in tried} or self._metrics():
+            self._check_metric(rows.X.shape[1], metric)
+        for way in tried:
+            SOLVERS[self.solver].plan(len(rows.X), p, c, rows.X.itemsize, self._limit(device),
+                                      self._structure(p, way.metric))
+        return tried
+
+    def _hold_back(self, rows):
+        "Take the weight from a few rows with numbers that are far from all others."
+        if self.channels or not self._is_adaptive(): return
+        far = self._design(rows.X, rows.relative(), "winsorised", 0).farthest(rows.X) > _WILD
+        if rows.counts[far].sum() <= max(1, _WILD_SHARE * rows.counts.sum()):
+            rows.each[far] *= _WORTH
 
     def _units(self, rows):
         "The mean and the scale of every target; 0 and 1 where they stay as they are."

@@ -36,6 +36,12 @@ class Numbers:
             z = (self.scale(bounded(X[rows, self.columns])) - self.mean) / self.std
             Z[rows] = np.where(np.isnan(z), 0, z)
 
+    def farthest(self, X):
+        "The distance `(m,)` of the farthest number of each row from its centre, in spreads."
+        found = [np.fmax.reduce(self.scale.distance(bounded(X[rows, self.columns])), axis=1)
+                 for rows in blocks(len(X), len(self.columns))]
+        return np.concatenate(found)
+
     def slopes(self, X, out):
         "Write the derivatives of `fill` into `out`, `(m, k)`."
         for rows in blocks(len(X), len(self.columns)):

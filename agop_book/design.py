@@ -78,6 +78,11 @@ class Design:
         "`fit`, then the `Z` of all rows."
         return self.fit(X, categorical, sample_weight, names, labels).transform(X)
 
+    def farthest(self, X):
+        "How far out `(m,)` the farthest number of each row is, in spreads of its column."
+        found = [part.farthest(X) for part in self.parts_ if isinstance(part, Numbers)]
+        return found[0] if found else np.zeros(len(X))
+
     def derivatives(self, X):
         """Derivatives `(m, p)` of Z with respect to the numbers of the table, at rows `X`.
 

@@ -31,10 +31,10 @@ def _short(name, longest=_LONGEST):
 
 
 def _number(value, digits=None):
-    "Three digits, or so many after the point, and a real minus sign; anything else as text."
+    "Four digits, or so many after the point, and a real minus sign; anything else as text."
     if not is_number(value): return _short(value, 12)
-    text = f"{value:.3g}" if digits is None else f"{round(value, digits) + 0.0:.{digits}f}"
-    return text.replace("-", "−")
+    text = f"{value:,.4g}" if digits is None else f"{round(value, digits) + 0.0:.{digits}f}"
+    return text.replace("-", "−").replace("nan", "missing")
 
 
 def _digits(values):
@@ -162,7 +162,7 @@ def _draw_interactions(ax, table, facts, top):
     labels = [f"{_short(one, 15)} × {_short(other, 15)}" for one, other in pairs]
     ax.barh(range(len(shown)), shown["strength"], color=_UP, height=0.7)
     _label_bars(ax, labels)
-    ax.set_xlim(0, None)
+    ax.locator_params(axis="x", nbins=4)
     ax.set_xlabel("share of variance that needs both", loc="right")
 
 

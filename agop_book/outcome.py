@@ -24,13 +24,13 @@ def check_outcome(machine,             # a kernel machine
     if not M.any() or (score is not None and score < 0.1):
         what = "M_ is zero" if not M.any() else f"R2 is {score:.2g} on the training rows"
         warnings.warn(f"{what}: the fitted function is (nearly) constant. {_reason(machine)}",
-                      stacklevel=5)
+                      stacklevel=7)
     elif score is not None and (near := _nearest(machine)) < 1e-4:
         warnings.warn(
             "the kernel between a training row and its nearest neighbour is typically "
             f"{near:.2g}, so that predictions vanish away from the training rows. M_ grows with "
             "the square of y, and distances with M_: standardise y, or pass a larger bandwidth.",
-            stacklevel=5)
+            stacklevel=7)
 
 
 def _is_radial(machine):

@@ -85,6 +85,10 @@ class Score:
         u = self._u(X)
         return u / np.sqrt(1 + (u / self.clip)**2)
 
+    def distance(self, X):
+        "How many spreads `(m, k)` the numbers are from their centres."
+        return np.abs(self._u(X))
+
     def slope(self, X):
         "Derivatives `(m, k)` of the scores at `X`."
         return (1 + (self._u(X) / self.clip)**2)**-1.5 / self.spread

@@ -8,7 +8,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from adaptive_cases import PLAIN, SEARCHES, TARGETS, answers, away, fitted, table
 
-from agop_book.folds import counts
+from agop_book.folds import fold_weights, merged
 from agop_book.rfm import RFMClassifier, RFMRegressor
 
 
@@ -101,10 +101,13 @@ def test_the_unit_of_the_weights_is_arbitrary(kind, factor):
     assert away(found, answers(fitted(kind, X, y), X)) < 1e-8
 
 
-def test_weights_without_a_unit_are_no_counts():
-    weights = np.random.default_rng(0).random(50)
-    assert np.allclose(counts(weights)[0], weights / weights.mean())
-    assert counts(np.array([0.01, 5.55, 7.31]))[1] == pytest.approx(12.87 / 3)
+def test_rows_are_left_out_whole_unless_their_features_have_another_target():
+    X = np.array([[0.0], [0], [1], [2], [np.nan], [np.nan]])
+    y = np.array([[1.0], [2], [1], [1], [3], [4]])
+    rows, weights, shared = merged(X, y, np.array([3.0, 1, 3, 1, 2, 2]))
+    assert dict(zip(rows.tolist(), shared.tolist())) == {i: i not in (2, 3) for i in range(6)}
+    left_out = (fold_weights(weights, 3, 0, shared) > 0).sum(0)
+    assert dict(zip(rows.tolist(), left_out.tolist())) == {0: 3, 1: 1, 2: 1, 3: 1, 4: 2, 5: 2}
 
 
 def test_class_weights_are_not_dealt_into_folds():

@@ -35,7 +35,8 @@ class Calibration(NamedTuple):
         return L - np.log(np.exp(L).sum(axis=1, keepdims=True))
 
     def _positive(self, F):
-        "2 s(F), and the root in it."
+        "2 s(F), and the root in it, of outputs that are moved so that they add up to 1."
+        F = F + (1 - F.sum(axis=1, keepdims=True)) / F.shape[1]
         root = np.sqrt(F**2 + self.floor**2)
         return np.where(F > 0, root + F, self.floor**2 / (root + np.abs(F))), root
 

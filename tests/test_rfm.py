@@ -34,7 +34,7 @@ from agop_book.structures import Diagonal, Full
         RFMRegressor(),
         RFMClassifier(),
         RFMRegressor(bandwidth=10.0, diag=True),
-        RFMClassifier(bandwidth=10.0, kernel="ntk", reg=1.0),
+        RFMClassifier(bandwidth=10.0, kernel="ntk", reg=0.3),
     ]
 )
 def test_sklearn(estimator, check):

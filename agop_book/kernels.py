@@ -166,12 +166,13 @@ class Matern32(Radial):
     "(1 + s) exp(-s), s = sqrt(3) r / L"
 
     def phi(self, r):
-        s = _scaled(r, 3**0.5 / self.bandwidth)
-        return s.neg().exp_().mul_(s.add_(1))
+        minus_s = r * _rate(-(3**0.5) / self.bandwidth, r)
+        decay = minus_s.exp()
+        return torch.addcmul(decay, minus_s, decay, value=-1)
 
     def slope(self, r, phi):
-        s = _scaled(r, 3**0.5 / self.bandwidth)
-        return s.neg_().exp_().mul_(_rate(-3 / self.bandwidth**2, r))
+        decay = (r * _rate(-(3**0.5) / self.bandwidth, r)).exp_()
+        return decay.mul_(_rate(-3 / self.bandwidth**2, r))
 
 
 class Matern52(Radial):
@@ -258,8 +259,7 @@ class L1Laplace(Kernel):
 
     def tile(self, left, right, slopes=False):
         "K, and None: its slopes are not a matrix."
-        r = self.distances(left, right)
-        return r.mul_(_rate(-1 / self.bandwidth, r)).exp_(), None
+        return self.distances(left, right).mul_(_rate(-1 / self.bandwidth, left.x)).exp_(), None
 
     def gradient(self, left, right, coef):
         "m_j / L sum_i coef_i sign(z_ij - x_j) k(x, z_i), feature by feature; 0 where x_j = z_ij."

@@ -16,7 +16,7 @@ from sklearn.base import ClassifierMixin
 from sklearn.utils import check_random_state
 from tqdm import tqdm
 
-from .choices import FULL_AT_MOST, Search, Way, ways
+from .choices import FULL_AT_MOST, TableSearch, Setting, ways
 from .columns import whole_codes
 from .crossfit import RIDGES, adapted, unit_metric
 from .design import Design, Identity
@@ -123,10 +123,10 @@ class ChoosingRFM(KernelRFM):
         return super()._centers() and not (self.center == "auto" and self._is_adaptive())
 
     def _ways(self, p, c):
-        "The `Way`s of the search."
+        "The `Setting`s of the search."
         metrics = self._metrics()
         if self._is_adaptive(): return ways(self.kernel, metrics, p, c)
-        return [Way(kernel, metric) for kernel in self._kernels(p) for metric in metrics]
+        return [Setting(kernel, metric) for kernel in self._kernels(p) for metric in metrics]
 
     def _ridges(self):
         "The ridges of the search, ascending."
@@ -146,7 +146,7 @@ class ChoosingRFM(KernelRFM):
     # --- the search
 
     def _choose(self, X, y, X_val, y_val, weights, each):
-        "Search on a part of the rows, and solve on all of them."
+        "TableSearch on a part of the rows, and solve on all of them."
         rng = check_random_state(self.random_state)
         device = pick_device(self.device)
         rows = _Rows(X, self._encode(y, np.float64), weights, each, rng)
@@ -170,7 +170,7 @@ class ChoosingRFM(KernelRFM):
                     self._settle(search, rows, designs, offset, unit, device)
 
     def _possible_ways(self, rows, p, device):
-        "The `Way`s for designs of `p` columns; ValueError or MemoryError where there is none."
+        "The `Setting`s for designs of `p` columns; ValueError or MemoryError where there is none."
         c = rows.Y.shape[1]
         tried = self._ways(p, c)
         for metric in {way.metric for way in tried} or self._metrics():
@@ -220,7 +220,7 @@ class ChoosingRFM(KernelRFM):
         return part
 
     def _search(self, part, unit_weight, designs, offset, unit, device):
-        "The `Search` on a part of the rows."
+        "The `TableSearch` on a part of the rows."
         X, Y, weights, left_out = part
         relative = self._is_adaptive()
         dtype = np.float32 if relative else X.dtype    # chooses the same, in half the time
@@ -238,7 +238,7 @@ class ChoosingRFM(KernelRFM):
 
         tensors = (send(values, dtype, device) for values in
                    ((Y - mean) / unit, weights / unit_weight, left_out / unit_weight))
-        return Search(rows, *tensors, structure, score, self.n_iter, self._ridges(),
+        return TableSearch(rows, *tensors, structure, score, self.n_iter, self._ridges(),
                       self._centers(), relative)
 
     def _structure_of(self, design, way):

@@ -8,7 +8,7 @@ __all__ = ['Numbers', 'Holes', 'Category', 'with_weight', 'whole_codes']
 # %% ../nbs/workshop/columns.ipynb #cf1dadad
 import numpy as np
 
-from .scales import SCALES, blocks, bounded
+from .scales import SCALES, bounded, pieces
 
 # %% ../nbs/workshop/columns.ipynb #29a31699
 class Numbers:
@@ -32,19 +32,19 @@ class Numbers:
 
     def fill(self, X, Z):
         "Write the scores of rows `X` into `Z`, `(m, k)`."
-        for rows in blocks(len(X), len(self.columns)):
+        for rows in pieces(len(X), len(self.columns)):
             z = (self.scale(bounded(X[rows, self.columns])) - self.mean) / self.std
             Z[rows] = np.where(np.isnan(z), 0, z)
 
     def farthest(self, X):
         "The distance `(m,)` of the farthest number of each row from its centre, in spreads."
         found = [np.fmax.reduce(self.scale.distance(bounded(X[rows, self.columns])), axis=1)
-                 for rows in blocks(len(X), len(self.columns))]
+                 for rows in pieces(len(X), len(self.columns))]
         return np.concatenate(found)
 
     def slopes(self, X, out):
         "Write the derivatives of `fill` into `out`, `(m, k)`."
-        for rows in blocks(len(X), len(self.columns)):
+        for rows in pieces(len(X), len(self.columns)):
             x = bounded(X[rows, self.columns])
             out[rows] = np.where(np.isnan(x), 0, self.scale.slope(x) / self.std)
 
@@ -62,7 +62,7 @@ def _moments(X, weights, scale):
     "Weighted means `(k,)` of the scores of rows `X` `(n, k)`, and of their squares; NaN left out."
     weights = np.ones(len(X)) if weights is None else weights
     seen = first = second = 0
-    for rows in blocks(*X.shape):
+    for rows in pieces(*X.shape):
         z = scale(X[rows])
         missing = np.isnan(z)
         z[missing] = 0
@@ -178,7 +178,7 @@ def whole_codes(X,             # floats `(n, d)`; a missing number is NaN
     if most < 3: return found
     X = with_weight(X, weights)[0]
     numbers = ~found if categorical is None else ~np.asarray(categorical, bool)
-    for some in blocks(X.shape[1], len(X)):
+    for some in pieces(X.shape[1], len(X)):
         columns = np.flatnonzero(numbers[some]) + some.start
         columns = columns[_are_whole(X[:, columns]).all(axis=0)]
         values = np.sort(X[:, columns].T, axis=1)

@@ -165,7 +165,7 @@ def _several(model):
         found[j] = columns, covariance - torch.diag(covariance.diagonal())
     return found
 
-# %% ../nbs/workshop/explain.ipynb #ab892a27
+# %% ../nbs/workshop/explain.ipynb #110be178
 class Directions(NamedTuple):
     "The leading directions of a machine, for standardised columns of its design."
     vectors: pd.DataFrame    # (k, p), one of unit length a row, columns named
@@ -178,7 +178,7 @@ class Directions(NamedTuple):
         order = np.argsort(-np.abs(self.vectors.to_numpy()), axis=1, kind="stable")[:, :count]
         return [self.vectors.columns[row].tolist() for row in order]
 
-
+# %% ../nbs/workshop/explain.ipynb #ab892a27
 def directions(model,        # a fitted RFM
                k: int = 3    # how many
                ) -> Directions:

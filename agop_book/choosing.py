@@ -146,7 +146,7 @@ class ChoosingRFM(KernelRFM):
     # --- the search
 
     def _choose(self, X, y, X_val, y_val, weights, each):
-        "TableSearch on a part of the rows, and solve on all of them."
+        "Search on a part of the rows, and solve on all of them."
         rng = check_random_state(self.random_state)
         device = pick_device(self.device)
         rows = _Rows(X, self._encode(y, np.float64), weights, each, rng)

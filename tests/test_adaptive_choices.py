@@ -9,7 +9,7 @@ from scipy.optimize import minimize
 from sklearn.metrics import log_loss
 
 from adaptive_cases import PLAIN, SEARCHES, fitted, table, words
-from agop_book.choices import Search
+from agop_book.choices import TableSearch
 from agop_book.kernels import Laplace
 from agop_book.machines import KernelMachine
 from agop_book.rfm import RFMClassifier, RFMRegressor
@@ -88,7 +88,7 @@ def test_refit(refit, params, n):
 @pytest.mark.parametrize("after", [1, 2, 9])
 def test_an_interrupted_fit_keeps_the_best_so_far(kind, after, monkeypatch):
     X, y = table()
-    note, fits = Search._note, []
+    note, fits = TableSearch._note, []
 
     def interrupt(self, *args):
         note(self, *args)
@@ -96,7 +96,7 @@ def test_an_interrupted_fit_keeps_the_best_so_far(kind, after, monkeypatch):
         if len(fits) == after:
             raise KeyboardInterrupt("now")
 
-    monkeypatch.setattr(Search, "_note", interrupt)
+    monkeypatch.setattr(TableSearch, "_note", interrupt)
     make = {"numbers": RFMRegressor, "classes": RFMClassifier}[kind]
     model, target = make(random_state=0), {"numbers": y, "classes": words(y)}[kind]
     with pytest.raises(KeyboardInterrupt, match="now"):

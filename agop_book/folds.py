@@ -9,7 +9,7 @@ __all__ = ['check_weights', 'merged', 'fold_weights', 'held_out', 'sampled']
 import numbers
 
 import numpy as np
-from sklearn.utils import check_random_state
+from sklearn.utils import check_array, check_random_state
 
 # %% ../nbs/workshop/folds.ipynb #bd4b97da
 def check_weights(sample_weight,   # None, a number, or one for each row
@@ -17,28 +17,22 @@ def check_weights(sample_weight,   # None, a number, or one for each row
                   ):               # float64 `(n,)`, or None
     "Checked weights. ValueError, saying which, where they are not numbers of at least 0."
     if sample_weight is None: return None
-    try:
-        weights = np.asarray(sample_weight, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"sample_weight must hold numbers: {error}") from None
     if isinstance(sample_weight, numbers.Number):
-        weights = np.full(n, weights)
+        sample_weight = np.full(n, sample_weight)
+    weights = check_array(sample_weight, dtype=np.float64, ensure_2d=False,
+                          ensure_all_finite=False, input_name="sample_weight")
     if weights.shape != (n,):
         raise ValueError(f"sample_weight has shape {weights.shape}; sample_weight.shape must be "
                          f"({n},), one weight for each row of X.")
     wrong = ~(np.isfinite(weights) & (weights >= 0))
     if wrong.any():
-        at = int(wrong.argmax())
-        raise ValueError(f"sample_weight must be finite and at least 0: row {at} has "
-                         f"{weights[at]}. Negative values in data passed to `sample_weight` "
-                         "are refused; drop those rows, or give them 0.")
-    if np.count_nonzero(weights) == 1 < n:
-        raise ValueError(f"sample_weight leaves row {int(weights.argmax())} alone; pass at least "
-                         "two rows with a positive weight.")
-    if not weights.any():
-        raise ValueError("sample_weight is zero for every row, which leaves nothing to fit; "
-                         "pass at least two rows with a positive weight.")
-    return weights
+        raise ValueError("sample_weight must be finite and at least 0: row "
+                         f"{wrong.argmax()} has {weights[wrong][0]}. Negative values in data "
+                         "passed to `sample_weight` are refused; drop those rows, or give them 0.")
+    count = np.count_nonzero(weights)
+    if count >= min(n, 2): return weights
+    raise ValueError(f"sample_weight is zero for {n - count} of {n} rows, which leaves {count} to "
+                     "fit; pass at least two rows with a positive weight.")
 
 # %% ../nbs/workshop/folds.ipynb #5a2207ba
 def merged(X: np.ndarray,   # (n, d); NaN is a value like others

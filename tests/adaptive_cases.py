@@ -1,6 +1,7 @@
 """Tables and settings that the tests of machines that adapt share."""
 
 import numpy as np
+import pandas as pd
 
 from agop_book.rfm import RFMClassifier, RFMRegressor
 
@@ -12,14 +13,29 @@ TARGETS = {
 WORDS = np.array(["low", "middle", "high"])
 
 
-def table(n=150, seed=0, target="product", noise=0.1):
+def table(n=150, seed=0, target="product", noise=0.1, d=5):
     rng = np.random.default_rng(seed)
-    X = rng.normal(size=(n, 5))
+    X = rng.normal(size=(n, d))
     return X, TARGETS[target](X) + noise * rng.normal(size=n)
 
 
 def words(y):
     return WORDS[np.digitize(y, [-0.7, 0.7])]
+
+
+def frame(X):
+    "With a category of two values."
+    F = pd.DataFrame(X, columns=list("abcde"))
+    F["kind"] = pd.Categorical(np.array(["u", "v"])[(X[:, 3] > 0).astype(int)])
+    return F
+
+
+def regressor(**params):
+    return RFMRegressor(random_state=0, **params)
+
+
+def classifier(**params):
+    return RFMClassifier(random_state=0, **params)
 
 
 def fitted(kind, X, y, **params):

@@ -1,11 +1,11 @@
 """Machines that adapt: files, and their place among scikit-learn's tools."""
 
-import warnings
 
 import joblib
 import numpy as np
 import pandas as pd
 import pytest
+from adaptive_cases import PLAIN, classifier, frame, regressor, table, words
 import torch
 from sklearn.base import clone
 from sklearn.feature_selection import RFE, SelectFromModel
@@ -15,39 +15,9 @@ from agop_book.agop import agop
 from agop_book.kernels import Laplace
 from agop_book.rfm import RFMClassifier, RFMRegressor
 
-PLAIN = {"bandwidth": 4.0, "n_iter": 2}
+pytestmark = pytest.mark.filterwarnings("error")
 both = pytest.mark.parametrize("params", [{}, PLAIN], ids=["adaptive", "plain"])
 
-
-@pytest.fixture(autouse=True)
-def no_warnings():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
-
-
-def table(n=80, seed=0, d=5):
-    rng = np.random.default_rng(seed)
-    X = rng.normal(size=(n, d))
-    return X, X[:, 0] * X[:, 1] + X[:, 2] + 0.1 * rng.normal(size=n)
-
-
-def words(y):
-    return np.array(["low", "middle", "high"])[np.digitize(y, [-0.7, 0.7])]
-
-
-def frame(X):
-    F = pd.DataFrame(X, columns=list("abcde"))
-    F["kind"] = pd.Categorical(np.array(["u", "v"])[(X[:, 3] > 0).astype(int)])
-    return F
-
-
-def regressor(**params):
-    return RFMRegressor(random_state=0, **params)
-
-
-def classifier(**params):
-    return RFMClassifier(random_state=0, **params)
 
 
 # --- files
@@ -73,7 +43,7 @@ SETTINGS = {
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("make", [RFMRegressor, RFMClassifier])
 def test_files_keep_everything(make, setting, tmp_path):
-    X, y = table()
+    X, y = table(80)
     F = frame(X)
     F.iloc[5] = np.nan
     weights = np.random.default_rng(1).integers(0, 3, len(X))
@@ -96,7 +66,7 @@ def test_files_keep_everything(make, setting, tmp_path):
 @both
 @pytest.mark.parametrize("weight", ["balanced", {np.int64(0): 2, 1: np.float64(0.5)}])
 def test_files_keep_class_weights(params, weight, tmp_path):
-    X, y = table()
+    X, y = table(80)
     model = classifier(class_weight=weight, **params).fit(X, (y > 0).astype(int))
     model.save(tmp_path / "model.safetensors")
     other = RFMClassifier.load(tmp_path / "model.safetensors")
@@ -107,7 +77,7 @@ def test_files_keep_class_weights(params, weight, tmp_path):
 
 
 def test_grid_searches():
-    X, y = table()
+    X, y = table(80)
     grid = GridSearchCV(regressor(kernel=Laplace(1.0)), {"kernel__bandwidth": [0.01, 4.0]}, cv=3)
     assert grid.fit(X, y).best_params_ == {"kernel__bandwidth": 4.0}
     choices = {"metric": ["full", "diag", "auto"], "reg": ["auto", 1e3]}
@@ -128,7 +98,7 @@ def test_selection_by_importances():
 
 
 def test_transformed_columns_have_names():
-    X, y = table()
+    X, y = table(80)
     F = frame(X)
     model = regressor().set_output(transform="pandas").fit(F, y)
     out = model.transform(F)
@@ -137,7 +107,7 @@ def test_transformed_columns_have_names():
 
 
 def test_several_targets():
-    X, y = table()
+    X, y = table(80)
     Y = np.column_stack([y, 1e4 * X[:, 3] + 5])
     model = regressor().fit(X, Y)
     assert model.predict(X).shape == Y.shape and model.score(X, Y) > 0.9
@@ -151,7 +121,7 @@ def numerical_jacobian(f, X, step=1e-5):
 @both
 @pytest.mark.parametrize("target", ["number", "numbers", "classes"])
 def test_gradients_and_agop(params, target):
-    (X, y), (T, _) = table(), table(seed=1)
+    (X, y), (T, _) = table(80), table(80, seed=1)
     unit = 1 if params else 1e4
     numbers = np.column_stack([unit * y + 7, y**2])
     y = {"number": numbers[:, 0], "numbers": numbers, "classes": words(y)}[target]

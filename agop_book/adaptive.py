@@ -73,7 +73,7 @@ class AdaptiveRFM(ChoosingRFM):
         X, y, weights, each = self._weighed(X, y, sample_weight)
         validated = X_val is not None or y_val is not None or self.validation_fraction is not None
         weighted = weights is not None or each is not None
-        if self._is_open(validated, weighted):
+        if self.chooses(validated, weighted):
             self._refuse_a_start(M)
             self._choose(X, y, X_val, y_val, weights, each)
         else:
@@ -100,8 +100,8 @@ class AdaptiveRFM(ChoosingRFM):
             X, y, weights = self._with(weights > 0, X, y, weights)
         self.class_weight_ = None
         if self.class_weight is not None:
-            worth = self._class_weights(y, weights)
-            self.class_weight_, each = worth[worth > 0], worth[y]
+            of_class = self._class_weights(y, weights)
+            self.class_weight_, each = of_class[of_class > 0], of_class[y]
             X, y, weights, each = self._with(each > 0, X, y, weights, each)
         return X, y, weights, each
 
@@ -221,8 +221,8 @@ class AdaptiveRFM(ChoosingRFM):
             header["params"]["class_weight"] = [
                 [np.asarray(label).item(), float(weight)]
                 for label, weight in self.class_weight.items()]
-        worth = None if self.class_weight_ is None else self.class_weight_.tolist()
-        return {**header, "worth": worth, "columns": self.n_features_in_, "offset": offset,
+        weights = None if self.class_weight_ is None else self.class_weight_.tolist()
+        return {**header, "class_weight": weights, "columns": self.n_features_in_, "offset": offset,
                 "design": self.design_.to_state(), "frame": self.frame_.to_state(),
                 "calibration": self.calibration_}
 
@@ -235,8 +235,8 @@ class AdaptiveRFM(ChoosingRFM):
         model, machine = super()._rebuilt(meta, arrays)
         if isinstance(model.class_weight, list):
             model.class_weight = dict(map(tuple, model.class_weight))
-        if meta.get("worth") is not None:
-            model.class_weight_ = np.array(meta["worth"])
+        if meta.get("class_weight") is not None:
+            model.class_weight_ = np.array(meta["class_weight"])
         model.n_features_in_ = meta.get("columns", model.n_features_in_)
         model.offset_ = None if meta.get("offset") is None else np.array(meta["offset"])
         model.weights_ = arrays["weights"].numpy() if "weights" in arrays else None

@@ -16,12 +16,12 @@ from sklearn.base import ClassifierMixin
 from sklearn.utils import check_random_state
 from tqdm import tqdm
 
-from .choices import FULL_AT_MOST, TableSearch, Setting, ways
+from .choices import FULL_AT_MOST, TableSearch, DistanceWay, ways
 from .columns import whole_codes
 from .crossfit import RIDGES, adapted, unit_metric
 from .design import Design, Identity
 from .devices import device as pick_device
-from .estimators import like_targets, send
+from .estimators import send
 from .folds import fold_weights, held_out, merged, sampled
 from .kernelrfm import KernelRFM
 from .kernels import Kernel
@@ -105,15 +105,13 @@ class ChoosingRFM(KernelRFM):
         if isinstance(self.kernel, Kernel) or self.bandwidth != "auto": return False
         return not {"shared", "separable"} & set(super()._metrics())
 
-    def _is_open(self, validated, weighted):
-        "Whether there is anything to search."
+    def chooses(self, validated=False, weighted=False):
+        """Whether fit has something to choose, and takes no matrix to start from.
+
+        `validated`: there are validation rows; `weighted`: rows or classes have weights."""
         lists = max(np.size(self.bandwidth), np.size(self.metric)) > 1
         ridges = len(self._regs()) > 1 and not validated
         return self._is_adaptive() or lists or ridges or weighted and validated
-
-    def chooses(self):
-        "Whether fit chooses by itself and takes no matrix to start from."
-        return bool(self._is_open(validated=False, weighted=False))
 
     def _metrics(self):
         open_ = isinstance(self.metric, str) and self.metric == "auto" and not self.diag
@@ -123,10 +121,10 @@ class ChoosingRFM(KernelRFM):
         return super()._centers() and not (self.center == "auto" and self._is_adaptive())
 
     def _ways(self, p, c):
-        "The `Setting`s of the search."
+        "The `DistanceWay`s of the search."
         metrics = self._metrics()
         if self._is_adaptive(): return ways(self.kernel, metrics, p, c)
-        return [Setting(kernel, metric) for kernel in self._kernels(p) for metric in metrics]
+        return [DistanceWay(kernel, metric) for kernel in self._kernels(p) for metric in metrics]
 
     def _ridges(self):
         "The ridges of the search, ascending."
@@ -170,7 +168,7 @@ class ChoosingRFM(KernelRFM):
                     self._settle(search, rows, designs, offset, unit, device)
 
     def _possible_ways(self, rows, p, device):
-        "The `Setting`s for designs of `p` columns; ValueError or MemoryError where there is none."
+        "The `DistanceWay`s for designs of `p` columns; ValueError or MemoryError where there is none."
         c = rows.Y.shape[1]
         tried = self._ways(p, c)
         for metric in {way.metric for way in tried} or self._metrics():
@@ -202,14 +200,10 @@ class ChoosingRFM(KernelRFM):
 
     def _part(self, rows, X_val, y_val, y):
         "What the search sees: rows, targets, weights, and what is left out."
-        if (X_val is None) != (y_val is None):
-            given = "y_val" if X_val is None else "X_val"
-            raise ValueError(f"X_val and y_val go together; only {given} was given.")
-        if X_val is not None:
-            X_val, y_val = self._check_val(X_val, y_val)
+        if X_val is not None or y_val is not None:
+            X_val, y_val = self._given_validation(X_val, y_val, y)
             self._check_count(X_val)
-            Y_val = self._encode(like_targets(y_val, y), np.float64)
-            return rows.beside(X_val, Y_val, np.ones(len(X_val)))
+            return rows.beside(X_val, self._encode(y_val, np.float64), np.ones(len(X_val)))
         if self.validation_fraction is None: return rows.folds()
         whole = rows.counts
         out = rows.hold_out(self.validation_fraction)

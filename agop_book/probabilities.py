@@ -69,7 +69,7 @@ class Calibration(NamedTuple):
 def leave_one_out(machine: KernelMachine,   # fitted
                   reg: float,               # its ridge
                   weights=None,             # (n,), of its centers; None: 1 each
-                  worth=None                # (c,), weights of classes, which are no counts of rows
+                  class_weight=None         # (c,), a part of the weights that counts no rows
                   ):                        # outputs `(n, c)` and targets `(n, c)`, arrays
     "What the machine would say of each of its centers without it."
     K = machine.kernel(machine.centers, machine.centers, machine.M)
@@ -78,7 +78,9 @@ def leave_one_out(machine: KernelMachine,   # fitted
     K.diagonal().add_(ridge)
     Y = K @ machine.coef
     inverse = torch.linalg.inv(K).diagonal()
-    counts = weights if worth is None else weights / torch.as_tensor(worth).to(K)[Y.argmax(1)]
+    counts = weights
+    if class_weight is not None:
+        counts = weights / torch.as_tensor(class_weight).to(K)[Y.argmax(1)]
     share = 1 / counts.clamp(min=1)     # of a row of weight 3 one unit is left out
     kept = 1 - share * (1 - ridge * inverse)
     return (Y - ridge[:, None] * machine.coef / kept[:, None]).cpu().numpy(), Y.cpu().numpy()

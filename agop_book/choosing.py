@@ -168,7 +168,7 @@ class ChoosingRFM(KernelRFM):
                     self._settle(search, rows, designs, offset, unit, device)
 
     def _possible_ways(self, rows, p, device):
-        "The `DistanceWay`s for designs of `p` columns; ValueError or MemoryError where there is none."
+        "The ways for designs of `p` columns; ValueError or MemoryError where there is none."
         c = rows.Y.shape[1]
         tried = self._ways(p, c)
         for metric in {way.metric for way in tried} or self._metrics():

@@ -83,10 +83,11 @@ class KernelModel:
     max_centers: int = 12_000  # with more training rows than this, a random subset of them
     single: int = 1000         # with more than this, float32 where it `holds` the ridge
 
-    def candidates(self, X, y, n_classes, X_new, grid=None):
+    def candidates(self, X, y, n_classes, X_new, grid=None, M=None):
         """Yields `(parameters, predictions at X_new)` for every point of `grid`.
 
-        `n_classes` 0 is a regression; `grid` None is the model's own."""
+        `n_classes` 0 is a regression; `grid` None is the model's own; `M` is the matrix of round 0
+        (None: the identity)."""
         X, y = self._centres(X, y)
         mean, std = (0, 1) if n_classes else (y.mean(), y.std() or 1.0)
         y = y if n_classes else (y - mean) / std
@@ -97,11 +98,21 @@ class KernelModel:
             Z, Z_new = form(X), form(X_new)
             model = self._estimator(params, Z, n_classes == 0).set_params(n_iter=max(wanted))
             for reg in regs:
-                self._fit(model.set_params(reg=reg), Z, y)
+                self._fit(model.set_params(reg=reg), Z, y, M)
                 for t, f in enumerate(model.staged_predict(Z_new)):
                     if t not in wanted: continue
                     found = {**params, "reg": reg, "rounds": t}
                     yield found, f if n_classes else f * std + mean
+
+    def metric(self, X, y, params):
+        "The matrix M `(d, d)` that classes `y` leave after the rounds of `params`."
+        X, y = self._centres(X, y)
+        params = dict(params)
+        reg, n_iter = params.pop("reg"), params.pop("rounds")
+        Z = unit_rows(X) if params.get("unit_rows") else np.asarray(X)
+        model = self._estimator(params, Z, False).set_params(reg=reg, n_iter=n_iter)
+        self._fit(model, Z, y)
+        return model.M_
 
     def _centres(self, X, y):
         "Training rows, or `max_centers` of them."
@@ -116,14 +127,15 @@ class KernelModel:
             options["bandwidth"] *= median_distance(Z)
         kernel = KERNELS[self.kernel](**options)
         kind = RFMRegressor if regression else RFMClassifier
-        return kind(kernel, diag=params.get("diag", False), device="cpu")
+        metric = "diag" if params.get("diag") else "full"
+        return kind(kernel, metric=metric, center=regression, device="cpu")
 
-    def _fit(self, model, Z, y):
+    def _fit(self, model, Z, y, M=None):
         "Fit in single precision where that holds the ridge in every round, else in double."
         if len(Z) > self.single and holds(model.kernel, Z, model.reg):
-            model.fit(Z.astype(np.float32), y)
+            model.fit(Z.astype(np.float32), y, M=M)
             if (model.history_["reg"] == model.reg).all(): return
-        model.fit(Z, y)
+        model.fit(Z, y, M=M)
 
 # %% ../../nbs/book/learners.ipynb #4820979e
 _RIDGES = {"reg": [10, 1, 0.1, 0.01, 0.001]}

@@ -6,12 +6,11 @@
 __all__ = ['ARMS', 'PLACES', 'Choice', 'choose_metric', 'fold_predictions', 'halves', 'compare_arms', 'study', 'save_study',
            'stored_study', 'main']
 
-# %% ../../nbs/book/kept.ipynb #b5f87d28
+# %% ../../nbs/book/kept.ipynb #34cf1d9a
 import argparse
 import json
 import time
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -27,7 +26,7 @@ from .uci import tasks as found_tasks
 from ..files import check_writable, write_atomic
 from ..terminal import steady_output
 
-# %% ../../nbs/book/kept.ipynb #8963afba
+# %% ../../nbs/book/kept.ipynb #32e5845c
 @dataclass(frozen=True)
 class Choice:
     "What the validation rows chose."
@@ -48,7 +47,7 @@ def choose_metric(
     plain = best_candidate([pair for pair in scored if pair[0]["rounds"] == 0])
     return Choice(plain, rfm, model.metric(task.x[train], task.y[train], rfm))
 
-# %% ../../nbs/book/kept.ipynb #5458060d
+# %% ../../nbs/book/kept.ipynb #577cb8fd
 ARMS = ("Laplace", "M anew", "M kept")
 
 
@@ -69,7 +68,7 @@ def fold_predictions(
     kept = predicted(choice.rfm | {"rounds": 0}, choice.M)
     return dict(zip(ARMS, (plain, predicted(choice.rfm), kept)))
 
-# %% ../../nbs/book/kept.ipynb #51a7ff08
+# %% ../../nbs/book/kept.ipynb #34901cb8
 PLACES = ("given", "inside")
 
 
@@ -101,7 +100,7 @@ def _right(choices, task, model):
         found = fold_predictions(model, choice, part)
         yield test, {arm: found[arm] == y[test] for arm in ARMS}
 
-# %% ../../nbs/book/kept.ipynb #3ef68645
+# %% ../../nbs/book/kept.ipynb #9648be92
 def compare_arms(
     task,                 # a name or a `Task`
     place: str,           # one of `PLACES`
@@ -143,7 +142,7 @@ def _parameters(choices, arm):
     found = [choice.laplace if arm == "Laplace" else choice.rfm for choice in choices]
     return found[:1] if all(params == found[0] for params in found) else found
 
-# %% ../../nbs/book/kept.ipynb #2ab34876
+# %% ../../nbs/book/kept.ipynb #a9c6063e
 def _sizes():
     "Rows of every task of the 121 on this machine, the smallest first."
     sizes = {name: len(rows_and_folds(get_task(name))[0]) for name in found_tasks()}
@@ -185,7 +184,7 @@ def stored_study():
     rows = pd.read_csv(path)
     return rows.assign(**{name: rows[name].map(json.loads) for name in ("folds", "chosen")})
 
-# %% ../../nbs/book/kept.ipynb #414e6874
+# %% ../../nbs/book/kept.ipynb #3873106c
 def main(
     argv=None,    # words of the command; None: those of the process
 ) -> int:

@@ -15,7 +15,7 @@ from sklearn.metrics import accuracy_score, r2_score
 from sklearn.model_selection import KFold, ParameterGrid, StratifiedKFold
 
 from ..arrays import check_count
-from .learners import MODELS, TUNED, Model
+from .learners import FEW, MODELS, TUNED, Model
 from .tasks import fewer_rows, get_task, rows_and_folds
 from .uci import Task
 
@@ -46,7 +46,11 @@ def inner_folds(
     return [splits(train) for train, _ in rows_and_folds(task)[2]]
 
 
-PROTOCOLS = {"published": (given_split, MODELS), "nested": (inner_folds, TUNED)}
+PROTOCOLS = {
+    "published": (given_split, MODELS),
+    "nested": (inner_folds, TUNED),
+    "two candidates": (given_split, FEW),
+}
 
 
 def check_protocol(

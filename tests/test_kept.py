@@ -22,38 +22,38 @@ BASE = replace(FEW, grid=FEW.grid | {"rounds": [0]})
 
 
 @pytest.fixture(scope="module")
-def noisy():
-    "A table with one useful feature of twenty, and some noise in its classes."
+def sized():
+    "A table with one useful feature of ten, whose size decides."
     rng = np.random.default_rng(1)
-    X = rng.standard_normal((240, 20))
-    y = (X[:, 0] + 0.3 * rng.standard_normal(240) > 0).astype(int)
-    return split_task("noisy", X, y)
+    X = rng.standard_normal((240, 10))
+    y = (abs(X[:, 0]) > 0.7).astype(int)
+    return split_task("size", X, y)
 
 
-def test_anew_and_laplace_are_the_benchmark(noisy):
-    rows = pd.DataFrame(compare_arms(noisy, "given", FEW)).set_index("arm")
-    assert np.isclose(rows.loc["M anew", "accuracy"], evaluate(noisy, FEW)["accuracy"])
-    assert np.isclose(rows.loc["Laplace", "accuracy"], evaluate(noisy, BASE)["accuracy"])
+def test_anew_and_laplace_are_the_benchmark(sized):
+    rows = pd.DataFrame(compare_arms(sized, "given", FEW)).set_index("arm")
+    assert np.isclose(rows.loc["M anew", "accuracy"], evaluate(sized, FEW)["accuracy"])
+    assert np.isclose(rows.loc["Laplace", "accuracy"], evaluate(sized, BASE)["accuracy"])
     assert (rows["seen_right"] <= rows["seen"]).all()
 
 
-def test_kept_is_a_fit_with_the_matrix_of_the_half(noisy):
-    choice = choose_metric(noisy, noisy.train, noisy.validation, FEW)
+def test_kept_is_a_fit_with_the_matrix_of_the_half(sized):
+    choice = choose_metric(sized, sized.train, sized.validation, FEW)
     params = choice.rfm
     assert params["rounds"] > 0 
     plain = dict(bandwidth=10.0, reg=params["reg"], metric="full", center=False, device="cpu")
-    x = noisy.x
+    x = sized.x
     if params["unit_rows"]:
         x = x / np.linalg.norm(x, axis=1, keepdims=True)
-    half = RFMClassifier(**plain, n_iter=params["rounds"]).fit(x[noisy.train], noisy.y[noisy.train])
+    half = RFMClassifier(**plain, n_iter=params["rounds"]).fit(x[sized.train], sized.y[sized.train])
     assert np.allclose(half.M_, choice.M)
-    scores = [RFMClassifier(**plain, n_iter=0).fit(x[a], noisy.y[a], M=half.M_)
-              .score(x[b], noisy.y[b]) for a, b in noisy.folds]
-    found = compare_arms(noisy, "given", FEW)[ARMS.index("M kept")]
+    scores = [RFMClassifier(**plain, n_iter=0).fit(x[a], sized.y[a], M=half.M_)
+              .score(x[b], sized.y[b]) for a, b in sized.folds]
+    found = compare_arms(sized, "given", FEW)[ARMS.index("M kept")]
     assert np.allclose(found["folds"], scores)
 
 
-def test_no_test_row_has_a_say_inside(noisy, monkeypatch):
+def test_no_test_row_has_a_say_inside(sized, monkeypatch):
     calls = []
 
     def watched(task, train, validation, model):
@@ -61,13 +61,13 @@ def test_no_test_row_has_a_say_inside(noisy, monkeypatch):
         return choose_metric(task, train, validation, model)
 
     monkeypatch.setattr(kept, "choose_metric", watched)
-    compare_arms(noisy, "inside", FEW)
+    compare_arms(sized, "inside", FEW)
     assert len(calls) == 4
-    for (train, validation), (fold, test) in zip(calls, noisy.folds):
+    for (train, validation), (fold, test) in zip(calls, sized.folds):
         assert set(train) | set(validation) == set(fold) and not set(train) & set(validation)
         assert not (set(train) | set(validation)) & set(test)
     with pytest.raises(ValueError, match="place='outside'"):
-        compare_arms(noisy, "outside", FEW)
+        compare_arms(sized, "outside", FEW)
 
 
 def test_halves_share_classes():
@@ -77,8 +77,8 @@ def test_halves_share_classes():
     assert (abs(np.bincount(y[a]) - np.bincount(y[b])) <= 1).all()
 
 
-def test_two_tables_have_nothing_to_leak(noisy):
-    two = replace(noisy, x_test=noisy.x[:40], y_test=noisy.y[:40])
+def test_two_tables_have_nothing_to_leak(sized):
+    two = replace(sized, x_test=sized.x[:40], y_test=sized.y[:40])
     given, inside = (compare_arms(two, place, FEW) for place in PLACES)
     assert [row["seen"] for row in given] == [0, 0, 0]
     assert [row["accuracy"] for row in given] == [row["accuracy"] for row in inside]

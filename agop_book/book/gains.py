@@ -6,7 +6,7 @@
 __all__ = ['ARM_NAMES', 'benchmark_rows', 'study_rows', 'data_label', 'task_gains', 'counts', 'on_both_sides', 'group_gains',
            'draw_gains', 'draw_groups', 'draw_protocols']
 
-# %% ../../nbs/book/gains.ipynb #a03c2c26
+# %% ../../nbs/book/gains.ipynb #f336287b
 from dataclasses import replace
 
 import numpy as np
@@ -21,7 +21,7 @@ from .results import stored_results
 from .run import out_dir, pick
 from .tasks import BUNDLED, split_task
 
-# %% ../../nbs/book/gains.ipynb #717f7d3c
+# %% ../../nbs/book/gains.ipynb #12973451
 def _bundled():
     "Four tables that come with scikit-learn; of the digits a part."
     digits = load("digits", n=240)
@@ -85,7 +85,7 @@ def data_label(
     if n <= 4: return "tables that come with scikit-learn"
     return f"{n} of the 121 UCI tasks (four of them partly rebuilt from other sources)"
 
-# %% ../../nbs/book/gains.ipynb #cd04bae1
+# %% ../../nbs/book/gains.ipynb #60c328fa
 ARM_NAMES = {
     "M kept": ("given", "M kept"),
     "M learned anew": ("given", "M anew"),
@@ -134,15 +134,18 @@ def on_both_sides(
 def group_gains(
     rows: pd.DataFrame,   # of `study_rows`
 ) -> pd.DataFrame:        # a row for each protocol and group: mean, and its standard error
-    "Mean gain on rows that M of the given division has seen and has not, over one-table tasks."
+    """Mean gain on rows that M of the given division has seen and has not, over one-table tasks.
+
+    `difference` is the mean over tasks of the one less the other."""
     found = {}
     for protocol in ARM_NAMES:
         gains = task_gains(rows, protocol)[["seen", "unseen"]].dropna()
+        gains["difference"] = gains["seen"] - gains["unseen"]
         for group in gains:
             found[protocol, group] = {"mean": gains[group].mean(), "error": gains[group].sem()}
     return pd.DataFrame(found).T
 
-# %% ../../nbs/book/gains.ipynb #087b86dd
+# %% ../../nbs/book/gains.ipynb #86df77ce
 _MARKS = {"won": ("C0", "^"), "equal": ("0.6", "o"), "lost": ("C1", "v")}
 
 

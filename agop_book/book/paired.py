@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['signed_rank_test', 'holm']
 
-# %% ../../nbs/04_tabular.ipynb #0f321237
+# %% ../../nbs/04_tabular.ipynb #e19608d3
 import numpy as np
 from scipy import stats
 
-# %% ../../nbs/04_tabular.ipynb #d12427c0
+# %% ../../nbs/04_tabular.ipynb #54e7d731
 def signed_rank_test(
     gains,                 # (N,) differences of two learners, one a task
     n_flips: int = 20_000, # draws of the signs
@@ -22,7 +22,7 @@ def signed_rank_test(
     signs = np.random.default_rng(random_state).choice([-1, 1], (n_flips, len(gains)))
     return found, float(np.mean(abs(signs @ ranks) >= abs(found)))
 
-# %% ../../nbs/04_tabular.ipynb #e44ae712
+# %% ../../nbs/04_tabular.ipynb #177909d9
 def holm(
     p,   # (m,) p-values of m questions
 ) -> np.ndarray:

@@ -152,7 +152,7 @@ def spoken(output):
 def apart(cell):
     "The cell with its outputs up to the second picture, and cells for the rest of the outputs."
     starts = [i for i, output in enumerate(cell.outputs) if spoken(output)][1:]
-    rest = [nbformat.v4.new_code_cell("#| echo: false", outputs=cell.outputs[a:b])
+    rest = [nbformat.v4.new_code_cell("#| echo: false\npass", outputs=cell.outputs[a:b])
             for a, b in zip(starts, [*starts[1:], None])]
     if starts:
         cell.outputs = cell.outputs[:starts[0]]

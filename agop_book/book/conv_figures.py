@@ -6,7 +6,7 @@
 __all__ = ['STAR_PAPER', 'NOISY_PAPER', 'picture_rows', 'star_table', 'star_figure', 'noisy_table', 'noisy_figure', 'gains_table',
            'gains_figure', 'peers_table', 'peers_figure']
 
-# %% ../../nbs/book/conv_figures.ipynb #a59567c3
+# %% ../../nbs/book/conv_figures.ipynb #15b79d8e
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -15,7 +15,7 @@ from .conv_peers import PEERS
 from .conv_studies import by_round
 from ..draw import PALETTE
 
-# %% ../../nbs/book/conv_figures.ipynb #2a5ac914
+# %% ../../nbs/book/conv_figures.ipynb #93a17599
 def picture_rows(rows: dict,    # name of a row -> (k, h, w) arrays or tensors, shown on one scale
                  signed=(),     # names of rows in red and blue; the others are grey
                  fig=None,      # figure or subfigure to draw on; None: a new one
@@ -42,7 +42,7 @@ def picture_rows(rows: dict,    # name of a row -> (k, h, w) arrays or tensors, 
             ax.set_visible(False)
     return fig
 
-# %% ../../nbs/book/conv_figures.ipynb #ce2da9e9
+# %% ../../nbs/book/conv_figures.ipynb #3afe9b5d
 STAR_PAPER = {"round 0": 77.95, "round 1": 94.83}    # of one draw by a coin
 
 
@@ -96,11 +96,11 @@ def star_figure(runs: pd.DataFrame,   # of `star_study`
     axes = right.subplots(1, 2, sharey=True)
     _star_rounds(axes[0], long)
     _star_counts(axes[1], long)
-    for ax in axes:
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.22), fontsize=9, ncols=1 + (ax is axes[1]))
+    for ncols, ax in enumerate(axes, start=1):
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.22), fontsize=9, ncols=ncols)
     return fig
 
-# %% ../../nbs/book/conv_figures.ipynb #33262016
+# %% ../../nbs/book/conv_figures.ipynb #c0e9d794
 NOISY_PAPER = [52.0, 54.5, 57.3, 59.4]    # percent in rounds 0 to 3, with 4,000 images
 
 
@@ -124,16 +124,18 @@ def noisy_figure(table: pd.DataFrame,   # of `noisy_table`
         ax.plot(rounds, row[rounds], "o-", color=PALETTE[k], label=label)
         if noisy is not None and count > 1:
             long = by_round(noisy[noisy["n"] == n], ["seed"])
-            ax.plot(long["round"], long["accuracy"], ".", ms=4, color=PALETTE[k])
+            ax.plot(long["round"], long["accuracy"], ".", ms=4, color=PALETTE[k],
+                    label="single seeds")
     ax.plot(range(4), NOISY_PAPER, "k*--", ms=9, lw=0.9, label="4,000, paper, one run")
     ax.set(xlabel="round (0: the plain kernel)", ylabel="test accuracy (%)", xticks=rounds)
     ax.legend(title="training images", loc="upper left", bbox_to_anchor=(1, 1))
     return fig
 
-# %% ../../nbs/book/conv_figures.ipynb #83c69ef6
+# %% ../../nbs/book/conv_figures.ipynb #283085b7
 def _named(rows):
     "Rows whose labels hold no colon, so that a record's numbers can be called by them."
-    return rows.assign(label=rows["label"].str.replace("synthetic: ", "synthetic ", regex=False))
+    labels = rows["label"].str.replace("synthetic: ", "synthetic ", regex=False)
+    return rows.assign(label=labels.str.replace("synthetic bars", "synthetic lines", regex=False))
 
 
 def gains_table(gains: pd.DataFrame    # of `gain_study`
@@ -163,7 +165,7 @@ def gains_figure(table: pd.DataFrame,   # of `gains_table`
     ax.grid(axis="y", visible=False)
     return fig
 
-# %% ../../nbs/book/conv_figures.ipynb #b9f2c428
+# %% ../../nbs/book/conv_figures.ipynb #6bac0fe8
 def peers_table(deep: pd.DataFrame    # of `deep_study`
                 ) -> pd.DataFrame:
     "Mean test accuracy in percent, a column for each learner, and the number of seeds."
@@ -171,6 +173,16 @@ def peers_table(deep: pd.DataFrame    # of `deep_study`
     means = deep.groupby(["label", "model"], sort=False)["accuracy"].mean()
     table = means.unstack(sort=False)[PEERS].round(1)
     return table.assign(seeds=deep.groupby("label")["seed"].nunique())
+
+
+def _dots(ax, rows, labels, places):
+    "The seeds of one learner, over the bars of sets that have several."
+    for x, label in zip(places, labels):
+        part = rows.loc[rows["label"] == label, "accuracy"]
+        if len(part) > 1:
+            known = "single seed" in ax.get_legend_handles_labels()[1]
+            ax.plot([x] * len(part), 100 * part, ".", ms=3, color="k",
+                    label=None if known else "single seed")
 
 
 def peers_figure(table: pd.DataFrame,   # of `peers_table`
@@ -184,15 +196,13 @@ def peers_figure(table: pd.DataFrame,   # of `peers_table`
         places = np.arange(len(table)) + (k - (len(PEERS) - 1) / 2) * width
         bars = ax.bar(places, table[model], 0.95 * width, color=PALETTE[k], label=model)
         ax.bar_label(bars, [f"{v:.1f}" for v in table[model]], fontsize=8, padding=4)
-        for x, label in zip(places, table.index if deep is not None else ()):
-            part = deep[(deep["label"] == label) & (deep["model"] == model)]["accuracy"]
-            if len(part) > 1:
-                ax.plot([x] * len(part), 100 * part, ".", ms=3, color="k")
+        if deep is not None:
+            _dots(ax, deep[deep["model"] == model], table.index, places)
     names = [label.replace("synthetic ", "").replace(" (first", "\n(first")
              for label in table.index]
     seeds = ["one seed" if s == 1 else f"{s} seeds" for s in table["seeds"]]
     ax.set_xticks(range(len(table)), [f"{n}\n{s}" for n, s in zip(names, seeds)])
     ax.set(ylabel="test accuracy (%)", ylim=(0, 112))
     ax.grid(axis="x", visible=False)
-    ax.legend(ncols=len(PEERS), loc="upper center", bbox_to_anchor=(0.5, 1.14))
+    ax.legend(ncols=len(PEERS) + 1, loc="upper center", bbox_to_anchor=(0.5, 1.14))
     return fig

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ConvRFMClassifier', 'ConvRFMRegressor', 'DeepRFMClassifier', 'DeepRFMRegressor', 'STAR', 'noisy_frames', 'stars']
 
-# %% ../nbs/12_convrfm.ipynb #3e6ad56e
+# %% ../nbs/12_convrfm.ipynb #040706cf
 from .deeprfm import DeepRFMClassifier, DeepRFMRegressor
 from .image_tasks import STAR, noisy_frames, stars
 from .imagerfm import ConvRFMClassifier, ConvRFMRegressor

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ARMS', 'lent_learner', 'source_matrix', 'target_split', 'lending_run', 'lending_study']
 
-# %% ../../nbs/book/lending.ipynb #e121d1a8
+# %% ../../nbs/book/lending.ipynb #10a3c2fa
 from functools import lru_cache
 
 import numpy as np
@@ -20,7 +20,7 @@ from ..mixing import rotated
 from ..rfm import RFMClassifier, RFMRegressor
 from ..transfer import transfer
 
-# %% ../../nbs/book/lending.ipynb #9bd5cb7c
+# %% ../../nbs/book/lending.ipynb #83303395
 _PLAIN = dict(bandwidth=10.0, reg=1e-3, metric="full", n_iter=2, random_state=0)
 _PATCHES = dict(depth=2, patch_size=3, reg=1e-3, n_iter=1, random_state=0)
 _STAR = dict(depth=1, patch_size=7, reg=1e-3, n_iter=1, random_state=0)
@@ -36,7 +36,7 @@ def lent_learner(kind: str,   # "rfm", "conv" or "star"
     if y.dtype.kind == "f": return RFMRegressor(**_PLAIN | {"center": True} | options)
     return RFMClassifier(**_PLAIN | {"center": False} | options)
 
-# %% ../../nbs/book/lending.ipynb #e8b45ab4
+# %% ../../nbs/book/lending.ipynb #c48c4942
 def _source_rows(pair, n, seed):
     "Rows and answers of a source task."
     if pair.source[0] == "gauss":
@@ -65,7 +65,7 @@ def source_matrix(pair,        # a `Pair`
                  for labels in (y, shuffled))
     return M, chance, score - max(plain for *_, plain in best)
 
-# %% ../../nbs/book/lending.ipynb #f2165d88
+# %% ../../nbs/book/lending.ipynb #a27db5e2
 ARMS = {  # name: (whose matrix, options of TransferRFM)
     "no transfer": ("identity", {"identity": 0.0}),
     "own RFM": ("identity", {"mode": "initial", "identity": 0.0}),
@@ -115,7 +115,7 @@ def lending_run(pair: str,       # its name
         **{arm: model.score(X_test, y_test) for arm, model in models.items()},
     }
 
-# %% ../../nbs/book/lending.ipynb #9186d305
+# %% ../../nbs/book/lending.ipynb #3f8ce3fe
 _SIZES = {"rfm": [20, 50, 100, 500], "conv": [50, 100, 200], "star": [20, 50, 100]}
 _LARGE = {
     "two features: x1 x2 to x1^2 - x2": [2000],

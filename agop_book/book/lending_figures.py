@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GROUPS', 'SHOWN', 'matrix_and_scores', 'lending_gains', 'group_table', 'near', 'pair_table', 'lending_figure']
 
-# %% ../../nbs/book/lending_figures.ipynb #4ae7d064
+# %% ../../nbs/book/lending_figures.ipynb #10b907d6
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -13,7 +13,7 @@ import pandas as pd
 from .lending import ARMS
 from ..draw import PALETTE
 
-# %% ../../nbs/book/lending_figures.ipynb #db0ee6a2
+# %% ../../nbs/book/lending_figures.ipynb #913585cc
 def matrix_and_scores(M: np.ndarray,   # (d, d)
                       scores: dict     # name -> R2
                       ):               # matplotlib Figure
@@ -21,9 +21,9 @@ def matrix_and_scores(M: np.ndarray,   # (d, d)
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 2.6), layout="constrained",
                                       width_ratios=[1, 1.6])
     shown = left.imshow(M, vmin=0, vmax=float(np.max(M)))
-    names = range(1, len(M) + 1)
-    left.set_xticks([0, 1, len(M) - 1], [names[0], names[1], names[-1]])
-    left.set_yticks([0, 1, len(M) - 1], [names[0], names[1], names[-1]])
+    ticks = [0, *range(4, len(M), 5)]
+    left.set_xticks(ticks, [i + 1 for i in ticks])
+    left.set_yticks(ticks, [i + 1 for i in ticks])
     left.grid(False)
     left.set(xlabel="feature", ylabel="feature", title="$M$ of the source task")
     fig.colorbar(shown, ax=left)
@@ -34,7 +34,7 @@ def matrix_and_scores(M: np.ndarray,   # (d, d)
     right.set(xlabel="test R2 on the target task, 50 samples", xlim=(0, 1))
     return fig
 
-# %% ../../nbs/book/lending_figures.ipynb #70884b6a
+# %% ../../nbs/book/lending_figures.ipynb #206fe647
 GROUPS = {    # (kind, score) -> what it is called
     ("known", "R2"): "known features, R2",
     ("known", "accuracy"): "known features, accuracy",
@@ -76,7 +76,7 @@ def pair_table(gains: pd.DataFrame,   # of `lending_gains`
     "By pair and number of target samples: the plain kernel's score, and mean gains, in points."
     return gains.groupby(["group", "pair", "n"], sort=False)[["plain", *arms]].mean().round(1)
 
-# %% ../../nbs/book/lending_figures.ipynb #66310c6f
+# %% ../../nbs/book/lending_figures.ipynb #e57abaf4
 SHOWN = {    # arm -> colour, marker, label
     "own RFM": (PALETTE[4], "o", "the target's own RFM"),
     "fixed, root": (PALETTE[1], "s", "lent matrix, its root"),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QUESTIONS', 'VIEWS', 'whole_set', 'asked', 'gaussian_task', 'Pair', 'pairs', 'rows_of']
 
-# %% ../../nbs/book/pairs.ipynb #bb6b9e0d
+# %% ../../nbs/book/pairs.ipynb #31cdb129
 from functools import cache
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from .load import load
 from .run import pick
 from ..image_tasks import stars
 
-# %% ../../nbs/book/pairs.ipynb #cc69fb77
+# %% ../../nbs/book/pairs.ipynb #07cb2a67
 _VEHICLES = [0, 1, 8, 9]
 
 
@@ -57,7 +57,7 @@ VIEWS = {
     "permuted": _permuted,
 }
 
-# %% ../../nbs/book/pairs.ipynb #6090540c
+# %% ../../nbs/book/pairs.ipynb #997d9bf1
 _SIDE = 16
 
 
@@ -100,7 +100,7 @@ def gaussian_task(first: int,   # the function is a product of this feature and 
     X = np.random.default_rng(seed).normal(size=(n, 50)).astype(np.float32)
     return X, X[:, first] * X[:, first + 1]
 
-# %% ../../nbs/book/pairs.ipynb #38b8e525
+# %% ../../nbs/book/pairs.ipynb #67e069bb
 class Pair(NamedTuple):
     "A source task, a target task, and what is known about the two."
     kind: str       # "known", "pixels" or "patches"
@@ -109,7 +109,7 @@ class Pair(NamedTuple):
     source: tuple   # arguments of `asked`; ("gauss", first) for `gaussian_task`
     target: tuple
 
-# %% ../../nbs/book/pairs.ipynb #e48c226a
+# %% ../../nbs/book/pairs.ipynb #0df57827
 @cache
 def _first_found(*names):
     "The first of the sets that is on this machine, or None."
@@ -170,7 +170,7 @@ def pairs() -> dict:
                           _first_found("fashion_mnist", "emnist"))
     return {name: pair for name, pair in found.items() if pair.source[0] and pair.target[0]}
 
-# %% ../../nbs/book/pairs.ipynb #e0d4c9f0
+# %% ../../nbs/book/pairs.ipynb #6beb2394
 def rows_of(pair: Pair    # source and target come from sets of images
             ):
     "Rows and answers of the source, and of the target; never the same image in both."

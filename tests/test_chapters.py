@@ -89,8 +89,7 @@ def test_sidebar_orders_and_names(book):
     order = [(c.name, c.part) for c in found]
     assert order == [("b", "One"), ("shop/c", "One"), ("a", ""), ("index", "")]
     text = book_map(book).data
-    assert "| One | | to read | to run | before it |\n|---|---|---|---|---|" in text
-    assert "| [The b \\| x](b.ipynb) |" in text
+    assert "**One**\n\n- [The b | x](b.ipynb): ." in text
     assert "shop/c" not in text and "index" not in text
 
 
@@ -104,7 +103,7 @@ def test_facts_of_a_lesson(book):
     facts = chapters(book)[0].facts
     assert facts["Before this"] == "[A](a.ipynb), [B](b.ipynb)"
     assert facts["Reading time"] == "5 minutes" and facts["Data"] == "none"
-    assert "| 5 minutes |" in book_map(book).data
+    assert "*5 minutes to read; 1 minute at quick" in book_map(book).data
 
 
 @pytest.mark.parametrize("text", ["website: 3", "website: {sidebar: [", "[]", ""])
@@ -141,4 +140,4 @@ def test_the_map_names_every_chapter_with_its_subtitle():
     text = book_map().data
     for c in chapters()[:-1]:
         if c.is_lesson:
-            assert f"({c.name}.ipynb) | {c.subtitle.rstrip('.')} |" in text and c.subtitle
+            assert f"({c.name}.ipynb): {c.subtitle.rstrip('.')}." in text and c.subtitle

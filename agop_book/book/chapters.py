@@ -189,22 +189,24 @@ def chapters(
 def _line(chapter):
     "A chapter's line in the map."
     facts = chapter.facts
-    cells = [f"[{chapter.title}]({chapter.name}.ipynb)", chapter.subtitle.rstrip(".")]
-    cells += [facts.get(name, "") for name in ("Reading time", "Running time", "Before this")]
-    cells = [cell.replace("|", "\\|") for cell in cells]
-    return "| " + " | ".join(cells) + " |"
+    line = f"- [{chapter.title}]({chapter.name}.ipynb): {chapter.subtitle.rstrip('.')}."
+    if "Reading time" in facts:
+        line += f" *{facts['Reading time']} to read; {facts['Running time']}.*"
+    if before := facts.get("Before this"):
+        line += f" Before it: {before}."
+    return line
 
 
 def book_map(
     folder=None,   # as in `chapters`
 ):                 # IPython's Markdown, which a notebook shows
     "The lessons by part: link, subtitle, time to read and to run, and what comes before."
-    lines, part = [], ""
+    lines, part = [], None
     for chapter in chapters(folder):
         if chapter.name == "index" or not chapter.is_lesson: continue
-        if chapter.part != part or not lines:
+        if chapter.part != part:
             part = chapter.part
-            lines += ["", f"| {part} | | to read | to run | before it |", "|---|---|---|---|---|"]
+            lines += ["", f"**{part}**", ""]
         lines.append(_line(chapter))
     return Markdown("\n".join(lines[1:]))
 

@@ -66,4 +66,4 @@ def playground() -> Live:
     "A page with sliders for task and machine, which a notebook shows; see the class for the rest."
     still, alt = _still()
     return Live("Playground: a Recursive Feature Machine in your browser",
-                page_file("playground.html"), still, alt, height=560, tall=1060)
+                page_file("playground.html"), still, alt, height=560, tall=990)

@@ -180,10 +180,10 @@ def draw_beside(case: Case,        # the network and its images
         for ax, seen in zip(row[1:], result.maps.values()):
             overlay(ax, photo, seen[i])
         wrong = result.named[i] != truth
-        named = f"named {'wrongly ' if wrong else ''}{result.named[i]}"
+        named = f"Grad-CAM, answer:\n{result.named[i]}{' (wrong)' if wrong else ''}"
         row[0].set_title(truth, fontsize=9)
-        row[3].set_title(f"Grad-CAM\n{named}", fontsize=9, color="C1" if wrong else "black")
-        row[4].set_title(f"Grad-CAM\nnot named {result.other[i]}", fontsize=9)
-        for ax, what in zip(row[1:3], ("first", "last")):
-            ax.set_title(f"operator of the\n{what} layer", fontsize=9)
+        row[3].set_title(named, fontsize=9, color="C1" if wrong else "black")
+        row[4].set_title(f"Grad-CAM, other class:\n{result.other[i]}", fontsize=9)
+    for ax, what in zip(axes[0][1:3], ("first", "last")):
+        ax.set_title(f"operator of the\n{what} layer", fontsize=9)
     return fig

@@ -98,7 +98,7 @@ def concentration(views: torch.Tensor   # (n, h, w)
     brightest = values.topk(values.shape[1] // 10, dim=1).values
     return float((brightest.sum(1) / values.sum(1)).mean())
 
-# %% ../../nbs/book/views.ipynb #ac334b6e
+# %% ../../nbs/book/views.ipynb #85229395
 def draw_through(operators: dict,  # label -> `PatchOperator`: one row each
                  photo,            # (1, c, h, w)
                  k: int = 3        # directions
@@ -141,9 +141,8 @@ def draw_directions(operators: dict,  # label -> `PatchOperator`: one row each
         shares, patches = operator.directions(k)
         for ax, share, patch, (name, value) in zip(row, shares, patches, most_like(patches)):
             _draw_patch(ax, patch)
-            colour, _, shape = name.removeprefix("grey ").partition(" ")
-            ax.set_title(f"{share:.0%} of the trace\n{colour} {shape}\n|cos| {value:.2f}",
-                         fontsize=8.5)
+            colour, _, shape = name.partition(" ")
+            ax.set_title(f"{share:.0%}, |cos| {value:.2f}\n{colour}\n{shape}", fontsize=8.5)
         _draw_view(row[k], photo, operator.see(photo))
         row[k].set_title("seen through\nthe whole\noperator", fontsize=8.5)
         row[0].text(-0.12, 0.5, label, rotation=90, va="center", ha="center", fontsize=9,

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from agop_book.book.views import available, concentration, first_operator, frame, reflected
+from agop_book.book.views import available, border_ratio, concentration, first_operator, reflected
 from agop_book.matrices import matrix_power
 
 
@@ -41,7 +41,7 @@ def test_a_view_is_measured_as_by_hand(x):
         edge[1:-1, 1:-1] = False
         ring.append(view[edge].mean() / view[~edge].mean())
         tenth.append(np.sort(view.ravel())[-(view.size // 10) :].sum() / view.sum())
-    assert np.isclose(frame(views), np.mean(ring), rtol=1e-5)
+    assert np.isclose(border_ratio(views), np.mean(ring), rtol=1e-5)
     assert np.isclose(concentration(views), np.mean(tenth), rtol=1e-5)
 
 

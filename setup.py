@@ -15,7 +15,7 @@ extras["dev"] = [*sum(extras.values(), []), *cfg["dev_requirements"].split()]
 
 # The notebooks travel inside the package, with their order, records, weights and results: an
 # installed wheel can run the book.
-NOTEBOOKS = ("*.ipynb", "sidebar.yml", "records/*.*", "weights/*.*", "results/*.*")
+NOTEBOOKS = ("*.ipynb", "sidebar.yml", "claims/*.yml", "records/*.*", "weights/*.*", "results/*.*")
 folders = {path.parent.relative_to(ROOT / cfg["nbs_path"])
            for path in (ROOT / cfg["nbs_path"]).rglob("*.ipynb")
            if ".ipynb_checkpoints" not in path.parts}

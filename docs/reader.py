@@ -143,8 +143,24 @@ def options(cell):
     return {key.strip(): yaml.safe_load(value) for key, _, value in pairs}
 
 
+def spoken(output):
+    "The alternative text that an output brings with its picture, or None."
+    marks = output.get("metadata", {}).values()
+    return next((m["alt"] for m in marks if isinstance(m, dict) and "alt" in m), None)
+
+
+def apart(cell):
+    "The cell with its outputs up to the second picture, and cells for the rest of the outputs."
+    starts = [i for i, output in enumerate(cell.outputs) if spoken(output)][1:]
+    rest = [nbformat.v4.new_code_cell("#| echo: false", outputs=cell.outputs[a:b])
+            for a, b in zip(starts, [*starts[1:], None])]
+    if starts:
+        cell.outputs = cell.outputs[:starts[0]]
+    return [cell, *rest]
+
+
 def code(cell, opts):
-    "A code cell with its options as MyST knows them."
+    "A code cell with its options as MyST knows them; one picture has one alternative text."
     outputs = [] if opts.get("output") is False else map(harmless, cell.outputs)
     cell.outputs = [output for output in outputs if output]
     tags = ["remove-input"] if opts.get("echo") is False else []
@@ -155,7 +171,8 @@ def code(cell, opts):
     caption = opts.get("fig-cap")
     if caption:
         shows["figure"] = {"caption": local(caption)}
-    if alt := opts.get("fig-alt") or caption:
+    brought = next(filter(None, map(spoken, cell.outputs)), None)
+    if alt := brought or opts.get("fig-alt") or caption:
         shows["image"] = {"alt": alt}
     cell.metadata = nbformat.from_dict({"tags": tags, "mystnb": shows})
     return cell
@@ -179,6 +196,8 @@ def read(text):
         cell = todo.pop(0)
         if cell.cell_type == "code" and (doc := shown(cell)):
             todo[:0] = documented(doc, todo, min(level + 1, 3))
+        elif cell.cell_type == "code" and len(parts := apart(cell)) > 1:
+            todo[:0] = parts
         elif cell.cell_type == "code" and (opts := options(cell)).get("include") is not False:
             cells.append(code(cell, opts))
         elif cell.cell_type == "markdown" and not cell.source.startswith("<!-- WARNING"):

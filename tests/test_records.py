@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agop_book.book import records as R
-from agop_book.book.captions import gallery, short
+from agop_book.book.captions import paper_table, short
+from agop_book.book.gallery import gallery
 from agop_book.book.run import notebooks
 from agop_book.draw import style
 
@@ -49,8 +50,8 @@ def blank_page():
     return plt.figure(figsize=(1, 1))
 
 
-FIELDS = {"id", "caption", "measured", "paper", "data", "scale", "device", "seed", "seconds",
-          "versions", "fingerprint"}
+FIELDS = {"id", "title", "caption", "measured", "paper", "key", "data", "scale", "device", "seed",
+          "seconds", "versions", "fingerprint"}
 
 
 def test_record_round_trip(fresh, monkeypatch):
@@ -106,6 +107,13 @@ def test_bad_record(wrong, text, fresh):
     with pytest.raises(TypeError, match=text):
         save(**wrong)
     assert not (fresh / "a-b.json").exists() and not (fresh / "a-b.png").exists()
+
+
+@pytest.mark.parametrize("key, text", [(["y"], "no 'y'"), (list("x" * 6), "at most 5")])
+def test_bad_key(key, text, fresh):
+    with pytest.raises(ValueError, match=f"key.*{text}"):
+        save(key=key)
+    assert not list(fresh.glob("*"))
 
 
 def test_axes_are_recorded_as_their_figure(fresh):
@@ -170,7 +178,7 @@ def test_any_measurement_becomes_strict_json(value, fresh):
     st.none() | st.text() | st.dictionaries(st.text(min_size=1), st.floats(), max_size=3),
 )
 def test_any_record_can_be_tabulated(measured, paper):
-    table = R.paper_table(measured, paper)
+    table = paper_table(measured, paper)
     assert set(table.columns) <= {"here", "paper"}
     assert all(isinstance(short(value), str) for row in table.values for value in row)
 

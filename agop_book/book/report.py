@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 import agop_book
-from .captions import short
+from .captions import paper_table, short
 from .chapters import read_stamp
-from .records import paper_table, records
+from .records import records
 from .run import SCALES
 from ..extras import extra
 from ..files import write_atomic

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['patch_agop']
 
-# %% ../nbs/11_cntk.ipynb #a93c9d24
+# %% ../nbs/11_cntk.ipynb #d9cd40e4
 from .arrays import to_family
 from .conv_ntk import CNTK  # noqa: F401 (its older home)
 from .image_gradients import gradient_blocks, safe_coef, whole_agop
 from .image_kernels import ImageKernel
 
-# %% ../nbs/11_cntk.ipynb #bdf75f3a
+# %% ../nbs/11_cntk.ipynb #f6c237c4
 def patch_agop(kernel: ImageKernel,   # the kernel of the machine, a `CNTK`
                x,              # images at which gradients are taken, `(n, c, h, w)`
                centers,        # images the machine was trained on, `(m, c, h, w)`

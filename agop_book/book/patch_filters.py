@@ -6,7 +6,7 @@
 __all__ = ['leading_patches', 'edge_likeness', 'edge_plane', 'edge_run', 'edge_measures', 'edge_table', 'photo_patches',
            'sobel_correlation', 'draw_edges', 'draw_weights']
 
-# %% ../../nbs/book/patch_filters.ipynb #b9480dd5
+# %% ../../nbs/book/patch_filters.ipynb #e369b7a5
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ from .data import load
 from ..cntk import CNTK, patch_agop
 from ..patches import edge_filters, most_like
 
-# %% ../../nbs/book/patch_filters.ipynb #78154a75
+# %% ../../nbs/book/patch_filters.ipynb #64176539
 def leading_patches(A,            # a symmetric matrix on patches of 3 x 3 pixels, `(q, q)`
                     count: int = 6,  # how many
                     ) -> tuple:
@@ -42,7 +42,7 @@ def edge_plane(channels: int  # 1 or 3
     both = [bank[f"grey {name} edge"].flatten() for name in ("vertical", "horizontal")]
     return torch.linalg.qr(torch.stack(both, 1))[0]
 
-# %% ../../nbs/book/patch_filters.ipynb #4902afaf
+# %% ../../nbs/book/patch_filters.ipynb #bd1a6bb8
 def edge_run(seed: int,     # which images, and how labels are shuffled
              n: int,        # images
              n_agop: int,   # images whose patches the AGOP is averaged over
@@ -62,7 +62,7 @@ def edge_run(seed: int,     # which images, and how labels are shuffled
     found["components of the patches"] = torch.cov(patches.T)
     return {"matrices": {name: (A / A.trace()).tolist() for name, A in found.items()}}
 
-# %% ../../nbs/book/patch_filters.ipynb #6f0598f6
+# %% ../../nbs/book/patch_filters.ipynb #d5b2b655
 def edge_measures(A,        # a matrix on patches
                   parts,    # principal components of the patches as columns `(q, k)`
                   ) -> dict:
@@ -94,7 +94,7 @@ def _random(q, seed):
     axes = torch.linalg.qr(torch.randn(q, q, dtype=torch.float64, generator=generator))[0]
     return axes @ torch.diag(1 + torch.arange(q).double() / (100 * q)) @ axes.T / q
 
-# %% ../../nbs/book/patch_filters.ipynb #745cce12
+# %% ../../nbs/book/patch_filters.ipynb #d9302784
 def photo_patches(photo: torch.Tensor,  # `(3, h, w)`
                   channels: int         # 1: the grey photograph
                   ) -> torch.Tensor:
@@ -117,7 +117,7 @@ def sobel_correlation(A,       # a matrix on patches
         found.append(torch.corrcoef(torch.stack([length.flatten(), edges.flatten()]))[0, 1])
     return float(torch.stack(found).mean())
 
-# %% ../../nbs/book/patch_filters.ipynb #2149e1c4
+# %% ../../nbs/book/patch_filters.ipynb #fd3aab1e
 def draw_edges(matrices: dict,  # name -> matrix on patches; the first is applied to photographs
                photos           # `(k, 3, h, w)`
                ):               # matplotlib Figure
@@ -130,7 +130,8 @@ def draw_edges(matrices: dict,  # name -> matrix on patches; the first is applie
         ax.grid(False)
         ax.spines[:].set_visible(False)
     for row, (name, A) in zip(axes, matrices.items()):
-        row[0].set_ylabel(name.replace(" ", "\n", 1), fontsize=9)
+        label = "AGOP, true labels" if name == "AGOP" else name
+        row[0].set_ylabel(label.replace(" ", "\n", 1), fontsize=9)
         _draw_patches(row, *leading_patches(A))
     first = next(iter(matrices.values()))
     for row, photo in zip(axes[rows:], photos):
@@ -164,7 +165,7 @@ def _draw_seen(row, photo, A):
         top = float(answer.abs().quantile(0.99))
         ax.imshow(answer, cmap="gray", vmin=-top, vmax=top)
 
-# %% ../../nbs/book/patch_filters.ipynb #1af0a7ad
+# %% ../../nbs/book/patch_filters.ipynb #496a65e1
 def draw_weights(table: pd.DataFrame,  # of `edge_table`
                  components            # the matrix whose eigenvectors are drawn under the bars
                  ):                    # matplotlib Figure

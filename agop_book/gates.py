@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['RNNStep', 'LSTMStep', 'GRUStep']
 
-# %% ../nbs/08_rnns.ipynb #be3dfb1b
+# %% ../nbs/08_rnns.ipynb #687868d4
 import torch
 from torch import nn
 
 from .shared import SharedLinear
 
-# %% ../nbs/08_rnns.ipynb #441ae900
+# %% ../nbs/08_rnns.ipynb #ee7832c1
 class RNNStep(nn.Module):
     "$h_t = \\phi(W [x_t, h_{t-1}] + b)$ with tanh or relu."
 
@@ -26,9 +26,9 @@ class RNNStep(nn.Module):
         "The new state, `(h,)`."
         return (self.activation(self.hidden(torch.cat([x, h], -1), hidden)),)
 
-# %% ../nbs/08_rnns.ipynb #d9d2b31e
+# %% ../nbs/08_rnns.ipynb #c82269f4
 class LSTMStep(nn.Module):
-    "Input, forget, cell and output gates; with `proj_size` the state is projected by a further map."
+    "Input, forget, cell and output gates; with `proj_size` a further map projects the state."
 
     def __init__(self,
                  source,    # nn.LSTM
@@ -46,7 +46,7 @@ class LSTMStep(nn.Module):
         h = torch.sigmoid(o) * torch.tanh(c)
         return (self.projection(h, projection) if projection else h), c
 
-# %% ../nbs/08_rnns.ipynb #5a0cea3d
+# %% ../nbs/08_rnns.ipynb #38d6f89c
 class GRUStep(nn.Module):
     "Reset and update gates on $[x_t, h_{t-1}]$, and the candidate's two parts."
 
@@ -54,7 +54,8 @@ class GRUStep(nn.Module):
                  source,    # nn.GRU
                  at):       # torch's suffix of a layer and direction, such as "l0"
         super().__init__()
-        ih, hh, split = f"ih_{at}", f"hh_{at}", 2 * source.hidden_size
+        ih, hh = f"ih_{at}", f"hh_{at}"
+        split = 2 * source.hidden_size
         self.gates = SharedLinear(source, (ih, hh), slice(split),
                                   heads=[("reset", None), ("update", None)])
         candidate = slice(split, None)

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['SharedLinear']
 
-# %% ../nbs/workshop/shared.ipynb #fc92d240
+# %% ../nbs/workshop/shared.ipynb #df8625f9
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-# %% ../nbs/workshop/shared.ipynb #9d8144c6
+# %% ../nbs/workshop/shared.ipynb #8d701195
 class SharedLinear(nn.Linear):
     """Rows of a recurrent module's matrices, side by side, as one linear map.
 

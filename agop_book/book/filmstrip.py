@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Still', 'take_still', 'filmstrip', 'control_curves']
 
-# %% ../../nbs/book/filmstrip.ipynb #95471198
+# %% ../../nbs/book/filmstrip.ipynb #7e671e9a
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -16,7 +16,7 @@ from ..ansatz import rotated
 from ..matrices import pearson
 from ..nfa import nfa
 
-# %% ../../nbs/book/filmstrip.ipynb #7933d897
+# %% ../../nbs/book/filmstrip.ipynb #109c9ce8
 _ROTATIONS = 100      # of the control in each still
 
 
@@ -44,7 +44,7 @@ def take_still(net,              # a network
                     "rotated control": float(np.mean(scores))}
     return Still(title, shares, correlations, (min(scores), max(scores)))
 
-# %% ../../nbs/book/filmstrip.ipynb #b6c92330
+# %% ../../nbs/book/filmstrip.ipynb #ad098949
 def filmstrip(frames: list      # of `Still`
               ):                # matplotlib Figure
     "A column for each still: NFM, AGOP root, rotated control, and the entries of all three."
@@ -61,7 +61,8 @@ def filmstrip(frames: list      # of `Still`
             ax.set_xlabel(_score(name, one), fontsize=9)
         column[0].set_title(one.title, fontsize=9)
         _entries(column[3], one, top)
-    for ax, name in zip(axes[:, 0], [*frames[0].matrices, "entry of AGOP$^{1/2}$,\nof control (squares)"]):
+    names = [*frames[0].matrices, "entry of AGOP$^{1/2}$,\nof control (squares)"]
+    for ax, name in zip(axes[:, 0], names):
         ax.set_ylabel(name, fontsize=9)
     fig.colorbar(picture, ax=axes[:3], shrink=0.6, label="entry, as a share of the trace")
     return fig
@@ -88,7 +89,7 @@ def _entries(ax, one, top):
     ax.xaxis.label.set_size(9)
     ax.tick_params(labelsize=8)
 
-# %% ../../nbs/book/filmstrip.ipynb #5206289c
+# %% ../../nbs/book/filmstrip.ipynb #73bc190b
 def control_curves(runs: list,     # for each seed a list of (step, correlation, control, R2)
                    ):              # matplotlib Figure
     "Correlation, rotated control and test R2 over training: means over seeds, bands their ranges."

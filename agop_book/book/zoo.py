@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Case', 'networks', 'case', 'ansatz_row', 'summary_figure']
 
-# %% ../../nbs/book/zoo.ipynb #edf19e5b
+# %% ../../nbs/book/zoo.ipynb #cdc5cb99
 import re
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ from ..hub import load_transformers, minilm_folder, pretrained
 from ..nfa import nfa, summary
 from ..outputs import main_tensor
 
-# %% ../../nbs/book/zoo.ipynb #9606c9f7
+# %% ../../nbs/book/zoo.ipynb #ab8cdce0
 class Case(NamedTuple):
     "A trained network with what the ansatz is tested on."
     model: nn.Module
@@ -40,7 +40,7 @@ class Case(NamedTuple):
     own_start: bool = True  # training began at `initial`
     ends: bool = True       # the last weight gives the outputs
 
-# %% ../../nbs/book/zoo.ipynb #2d62378d
+# %% ../../nbs/book/zoo.ipynb #f2e6e7f6
 @torch.no_grad()
 def _through(model, x, size=200):
     "Outputs of a network, some samples at a time."
@@ -71,7 +71,7 @@ def _linear_probe(model, n=1000, size=96):
     reader = RidgeClassifierCV(np.logspace(-1, 4, 6)).fit((parts[0] - middle) / width, parts[1])
     return reader.score((parts[2] - middle) / width, parts[3])
 
-# %% ../../nbs/book/zoo.ipynb #12789852
+# %% ../../nbs/book/zoo.ipynb #dcb9cfe8
 def _mlp(name):
     task = mlp_task(name)
     net = trained(f"mlp-{name}", *task[:3])
@@ -101,7 +101,7 @@ def _rnn(name):
     return Case(net.module, net.initial, some, score, task.label,
                 probes=16 if task.y.ndim > 1 else None)
 
-# %% ../../nbs/book/zoo.ipynb #7396b82f
+# %% ../../nbs/book/zoo.ipynb #34237c46
 _PLAYS = {"gpt2-shakespeare": shakespeare_gpt2, "gpt2-tinystories": tinystories_gpt2}
 
 
@@ -117,7 +117,7 @@ def _vit(name):
     x, y = torch.from_numpy(test.x), torch.from_numpy(test.y)
     return Case(net.module, net.initial, x[:64], _right(net.module, x, y), test.label)
 
-# %% ../../nbs/book/zoo.ipynb #c5b8f125
+# %% ../../nbs/book/zoo.ipynb #532dc333
 def _story_sentences():
     "Two lists: the second and the third sentence of each held-out story (offline: help topic)."
     stories = load("tinystories", "help_topics", split="test").x
@@ -152,9 +152,11 @@ def _encoder(name):
     def read(sentences):
         return dict(tokens(sentences, padding=True, return_tensors="pt"))
 
+    library.utils.logging.disable_progress_bar()
     model = pretrained(folder)
     with seeded(0):
         fresh = type(model)(model.config).eval()
+    model.pooler = fresh.pooler = None      # a head that the embedding does not use
     found = _neighbours(model, read), _neighbours(fresh, read)
     stories = len(_story_sentences()[0])
     score = "next sentence of {} found {:.1%} (untrained {:.1%})".format(stories, *found)
@@ -163,7 +165,7 @@ def _encoder(name):
     probes = pick(quick=16, book=64)
     return Case(model, fresh, data, score, label, probes, _mean_of_tokens, False, False)
 
-# %% ../../nbs/book/zoo.ipynb #90ac929e
+# %% ../../nbs/book/zoo.ipynb #b7135168
 _MAKERS = {"MLP": _mlp, "CNN": _cnn, "RNN": _rnn, "GPT-2": _language, "ViT": _vit,
            "BERT": _encoder}
 
@@ -179,7 +181,8 @@ def networks() -> dict:
         "GPT-2": pick(quick=[], book=["gpt2-shakespeare", "gpt2-tinystories"]),
         "ViT": pick(quick=[], book=["vit-mnist"]),
         "BERT": pick(quick=[], book=["minilm"])}
-    if minilm_folder() is None: found.pop("BERT")
+    if minilm_folder() is None:
+        found.pop("BERT")
     return found
 
 
@@ -190,7 +193,7 @@ def case(family: str,    # one of those of `networks`
     if family in _MAKERS: return _MAKERS[family](name)
     raise ValueError(f"family={family!r}: choose one of {', '.join(_MAKERS)}")
 
-# %% ../../nbs/book/zoo.ipynb #13272253
+# %% ../../nbs/book/zoo.ipynb #39b610e4
 def ansatz_row(family: str,     # of the network
                name: str        # of the network
                ) -> dict:       # what `summary` says of all its weights, and about the network
@@ -204,7 +207,7 @@ def ansatz_row(family: str,     # of the network
             "probes": one.probes or 0, "error": error,
             "untrained is": "its own start" if one.own_start else "a fresh network"}
 
-# %% ../../nbs/book/zoo.ipynb #a2cf9738
+# %% ../../nbs/book/zoo.ipynb #036d12cc
 _MARKS = {
     "pearson": ("o", "NFM and AGOP$^{1/2}$, trained: mean, line to the lowest weight"),
     "pearson_forced": ("s", "rotated control"),

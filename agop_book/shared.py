@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['SharedLinear']
 
-# %% ../nbs/workshop/shared.ipynb #df8625f9
+# %% ../nbs/workshop/shared.ipynb #a2b90964
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-# %% ../nbs/workshop/shared.ipynb #8d701195
+# %% ../nbs/workshop/shared.ipynb #d69e567c
 class SharedLinear(nn.Linear):
     """Rows of a recurrent module's matrices, side by side, as one linear map.
 

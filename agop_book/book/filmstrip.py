@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Still', 'take_still', 'filmstrip', 'control_curves']
 
-# %% ../../nbs/book/filmstrip.ipynb #7e671e9a
+# %% ../../nbs/book/filmstrip.ipynb #63ce7876
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -16,7 +16,7 @@ from ..ansatz import rotated
 from ..matrices import pearson
 from ..nfa import nfa
 
-# %% ../../nbs/book/filmstrip.ipynb #109c9ce8
+# %% ../../nbs/book/filmstrip.ipynb #947f7c3c
 _ROTATIONS = 100      # of the control in each still
 
 
@@ -44,7 +44,7 @@ def take_still(net,              # a network
                     "rotated control": float(np.mean(scores))}
     return Still(title, shares, correlations, (min(scores), max(scores)))
 
-# %% ../../nbs/book/filmstrip.ipynb #ad098949
+# %% ../../nbs/book/filmstrip.ipynb #66ddc81b
 def filmstrip(frames: list      # of `Still`
               ):                # matplotlib Figure
     "A column for each still: NFM, AGOP root, rotated control, and the entries of all three."
@@ -89,7 +89,7 @@ def _entries(ax, one, top):
     ax.xaxis.label.set_size(9)
     ax.tick_params(labelsize=8)
 
-# %% ../../nbs/book/filmstrip.ipynb #73bc190b
+# %% ../../nbs/book/filmstrip.ipynb #272a9364
 def control_curves(runs: list,     # for each seed a list of (step, correlation, control, R2)
                    ):              # matplotlib Figure
     "Correlation, rotated control and test R2 over training: means over seeds, bands their ranges."

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Site', 'rotated']
 
-# %% ../nbs/05_nfa.ipynb #247c5ec5
+# %% ../nbs/05_nfa.ipynb #5725084c
 from dataclasses import replace
 
 import torch
 
 from .likeness import WeightMoments, random_rotation
 
-# %% ../nbs/05_nfa.ipynb #1592dfb5
+# %% ../nbs/05_nfa.ipynb #e1bc23e6
 class Site(WeightMoments):
     "One weight `W` (one head of it) with its two matrices."
 
@@ -30,7 +30,7 @@ class Site(WeightMoments):
         values, V = torch.linalg.eigh(self.agop())
         return (V * values.clamp(min=0).sqrt()) @ V.T
 
-# %% ../nbs/05_nfa.ipynb #d4cdfee5
+# %% ../nbs/05_nfa.ipynb #f9407683
 def rotated(site: Site,    # with its moments
             generator      # torch.Generator of the rotation
             ) -> Site:

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['RNNStep', 'LSTMStep', 'GRUStep']
 
-# %% ../nbs/08_rnns.ipynb #8a82a822
+# %% ../nbs/08_rnns.ipynb #fdeeeb61
 import torch
 from torch import nn
 
 from .shared import SharedLinear
 
-# %% ../nbs/08_rnns.ipynb #760986b0
+# %% ../nbs/08_rnns.ipynb #dd9500fb
 class RNNStep(nn.Module):
     "$h_t = \\phi(W [x_t, h_{t-1}] + b)$ with tanh or relu."
 
@@ -26,7 +26,7 @@ class RNNStep(nn.Module):
         "The new state, `(h,)`."
         return (self.activation(self.hidden(torch.cat([x, h], -1), hidden)),)
 
-# %% ../nbs/08_rnns.ipynb #1896b16e
+# %% ../nbs/08_rnns.ipynb #00474eaa
 class LSTMStep(nn.Module):
     "Input, forget, cell and output gates; with `proj_size` a further map projects the state."
 
@@ -46,7 +46,7 @@ class LSTMStep(nn.Module):
         h = torch.sigmoid(o) * torch.tanh(c)
         return (self.projection(h, projection) if projection else h), c
 
-# %% ../nbs/08_rnns.ipynb #e2a2ef4a
+# %% ../nbs/08_rnns.ipynb #22c9429c
 class GRUStep(nn.Module):
     "Reset and update gates on $[x_t, h_{t-1}]$, and the candidate's two parts."
 

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['SharedLinear']
 
-# %% ../nbs/workshop/shared.ipynb #a2b90964
+# %% ../nbs/workshop/shared.ipynb #183e4bb9
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-# %% ../nbs/workshop/shared.ipynb #d69e567c
+# %% ../nbs/workshop/shared.ipynb #d4f106eb
 class SharedLinear(nn.Linear):
     """Rows of a recurrent module's matrices, side by side, as one linear map.
 

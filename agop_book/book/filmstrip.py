@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Still', 'take_still', 'filmstrip', 'control_curves']
 
-# %% ../../nbs/book/filmstrip.ipynb #63ce7876
+# %% ../../nbs/book/filmstrip.ipynb #68c3a44f
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -16,7 +16,7 @@ from ..ansatz import rotated
 from ..matrices import pearson
 from ..nfa import nfa
 
-# %% ../../nbs/book/filmstrip.ipynb #947f7c3c
+# %% ../../nbs/book/filmstrip.ipynb #ea459973
 _ROTATIONS = 100      # of the control in each still
 
 
@@ -44,7 +44,7 @@ def take_still(net,              # a network
                     "rotated control": float(np.mean(scores))}
     return Still(title, shares, correlations, (min(scores), max(scores)))
 
-# %% ../../nbs/book/filmstrip.ipynb #66ddc81b
+# %% ../../nbs/book/filmstrip.ipynb #be5cef69
 def filmstrip(frames: list      # of `Still`
               ):                # matplotlib Figure
     "A column for each still: NFM, AGOP root, rotated control, and the entries of all three."
@@ -89,7 +89,7 @@ def _entries(ax, one, top):
     ax.xaxis.label.set_size(9)
     ax.tick_params(labelsize=8)
 
-# %% ../../nbs/book/filmstrip.ipynb #272a9364
+# %% ../../nbs/book/filmstrip.ipynb #0929eaee
 def control_curves(runs: list,     # for each seed a list of (step, correlation, control, R2)
                    ):              # matplotlib Figure
     "Correlation, rotated control and test R2 over training: means over seeds, bands their ranges."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['character_score', 'signal_by_steps_back', 'character_counts', 'common_codes', 'weights_moved', 'gate_figure']
 
-# %% ../../nbs/book/recurrent.ipynb #c4489406
+# %% ../../nbs/book/recurrent.ipynb #2a451285
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from .characters import CharLoss
 from ..rnns import explicit
 
-# %% ../../nbs/book/recurrent.ipynb #a43475b7
+# %% ../../nbs/book/recurrent.ipynb #e9ccdb52
 @torch.no_grad()
 def character_score(run,    # `CharTask`
                     net     # `Trained` on it
@@ -30,7 +30,7 @@ def character_score(run,    # `CharTask`
             "most frequent": float((run.y_test == most_frequent).float().mean()),
             "train loss": float(net.history["train_loss"].iloc[-1])}
 
-# %% ../../nbs/book/recurrent.ipynb #d73c10d3
+# %% ../../nbs/book/recurrent.ipynb #3cda91a1
 def signal_by_steps_back(model,   # `CharRNN`
                          x        # (n, T) codes
                          ) -> list:
@@ -46,7 +46,7 @@ def signal_by_steps_back(model,   # `CharRNN`
     grads = torch.autograd.grad((scores * signs).sum(), seen)
     return [float(g.square().mean().sqrt()) for g in grads][::-1]
 
-# %% ../../nbs/book/recurrent.ipynb #2bf8de96
+# %% ../../nbs/book/recurrent.ipynb #0ef621b1
 def character_counts(run    # `CharTask`
                      ) -> torch.Tensor:
     "How often each code occurs in the training data `(codes,)`; padding does not count."
@@ -76,7 +76,7 @@ def weights_moved(run,    # `CharTask`
         moved[name] = float((W - W0)[:, columns].norm() / W0[:, columns].norm())
     return moved
 
-# %% ../../nbs/book/recurrent.ipynb #0770ec48
+# %% ../../nbs/book/recurrent.ipynb #3d9c3965
 _MARKS = {"pearson": ("o", "NFM and AGOP$^{1/2}$, trained"),
           "pearson_forced": ("s", "rotated control"),
           "pearson_init": ("^", "untrained control"),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Case', 'networks', 'case', 'ansatz_row', 'summary_figure']
 
-# %% ../../nbs/book/zoo.ipynb #816a7918
+# %% ../../nbs/book/zoo.ipynb #09fda789
 import re
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ from ..hub import load_transformers, minilm_folder, pretrained
 from ..nfa import nfa, summary
 from ..outputs import main_tensor
 
-# %% ../../nbs/book/zoo.ipynb #59c93037
+# %% ../../nbs/book/zoo.ipynb #be696ddb
 class Case(NamedTuple):
     "A trained network with what the ansatz is tested on."
     model: nn.Module
@@ -40,7 +40,7 @@ class Case(NamedTuple):
     own_start: bool = True  # training began at `initial`
     ends: bool = True       # the last weight gives the outputs
 
-# %% ../../nbs/book/zoo.ipynb #3b4529e4
+# %% ../../nbs/book/zoo.ipynb #80ac17fd
 @torch.no_grad()
 def _through(model, x, size=200):
     "Outputs of a network, some samples at a time."
@@ -71,7 +71,7 @@ def _linear_probe(model, n=1000, size=96):
     reader = RidgeClassifierCV(np.logspace(-1, 4, 6)).fit((parts[0] - middle) / width, parts[1])
     return reader.score((parts[2] - middle) / width, parts[3])
 
-# %% ../../nbs/book/zoo.ipynb #bc73b16b
+# %% ../../nbs/book/zoo.ipynb #d83373a3
 def _mlp(name):
     task = mlp_task(name)
     net = trained(f"mlp-{name}", *task[:3])
@@ -101,7 +101,7 @@ def _rnn(name):
     return Case(net.module, net.initial, some, score, task.label,
                 probes=16 if task.y.ndim > 1 else None)
 
-# %% ../../nbs/book/zoo.ipynb #12f7fa15
+# %% ../../nbs/book/zoo.ipynb #2cb6718c
 _PLAYS = {"gpt2-shakespeare": shakespeare_gpt2, "gpt2-tinystories": tinystories_gpt2}
 
 
@@ -117,7 +117,7 @@ def _vit(name):
     x, y = torch.from_numpy(test.x), torch.from_numpy(test.y)
     return Case(net.module, net.initial, x[:64], _right(net.module, x, y), test.label)
 
-# %% ../../nbs/book/zoo.ipynb #96795f93
+# %% ../../nbs/book/zoo.ipynb #bce8a9d4
 def _story_sentences():
     "Two lists: the second and the third sentence of each held-out story (offline: help topic)."
     stories = load("tinystories", "help_topics", split="test").x
@@ -165,7 +165,7 @@ def _encoder(name):
     probes = pick(quick=16, book=64)
     return Case(model, fresh, data, score, label, probes, _mean_of_tokens, False, False)
 
-# %% ../../nbs/book/zoo.ipynb #8b604002
+# %% ../../nbs/book/zoo.ipynb #889081bd
 _MAKERS = {"MLP": _mlp, "CNN": _cnn, "RNN": _rnn, "GPT-2": _language, "ViT": _vit,
            "BERT": _encoder}
 
@@ -193,7 +193,7 @@ def case(family: str,    # one of those of `networks`
     if family in _MAKERS: return _MAKERS[family](name)
     raise ValueError(f"family={family!r}: choose one of {', '.join(_MAKERS)}")
 
-# %% ../../nbs/book/zoo.ipynb #502cdfcc
+# %% ../../nbs/book/zoo.ipynb #fe21cefb
 def ansatz_row(family: str,     # of the network
                name: str        # of the network
                ) -> dict:       # what `summary` says of all its weights, and about the network
@@ -207,7 +207,7 @@ def ansatz_row(family: str,     # of the network
             "probes": one.probes or 0, "error": error,
             "untrained is": "its own start" if one.own_start else "a fresh network"}
 
-# %% ../../nbs/book/zoo.ipynb #01e234bc
+# %% ../../nbs/book/zoo.ipynb #58e5c826
 _MARKS = {
     "pearson": ("o", "NFM and AGOP$^{1/2}$, trained: mean, line to the lowest weight"),
     "pearson_forced": ("s", "rotated control"),

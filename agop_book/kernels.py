@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .kernelbase import Kernel, Radial, bounded  # noqa: F401
+from .kernelbase import Kernel, Radial, safe_rate  # noqa: F401
 from .l1_laplace import L1Laplace
 from .ntk import NTK
 
@@ -22,20 +22,20 @@ class Laplace(Radial):
     "exp(-r / L)"
 
     def phi(self, r):
-        return (r * bounded(-1 / self.bandwidth, r)).exp_()
+        return (r * safe_rate(-1 / self.bandwidth, r)).exp_()
 
     def slope(self, r, phi):
-        return phi.div(r).mul_(bounded(-1 / self.bandwidth, r))
+        return phi.div(r).mul_(safe_rate(-1 / self.bandwidth, r))
 
 
 class Gaussian(Radial):
     "exp(-r^2 / (2 L^2))"
 
     def phi(self, r):
-        return (r * bounded(1 / self.bandwidth, r)).square_().mul_(-0.5).exp_()
+        return (r * safe_rate(1 / self.bandwidth, r)).square_().mul_(-0.5).exp_()
 
     def slope(self, r, phi):
-        return phi * bounded(-1 / self.bandwidth**2, r)
+        return phi * safe_rate(-1 / self.bandwidth**2, r)
 
 # %% ../nbs/01_kernels.ipynb #3554dcb6
 from .parameters import positive
@@ -52,10 +52,10 @@ class GeneralizedExponential(Radial):
         object.__setattr__(self, "exponent", positive(self.exponent, "exponent", 2))
 
     def phi(self, r):
-        return (r * bounded(1 / self.bandwidth, r)).pow_(self.exponent).neg_().exp_()
+        return (r * safe_rate(1 / self.bandwidth, r)).pow_(self.exponent).neg_().exp_()
 
     def slope(self, r, phi):
-        rate = bounded(-self.exponent / self.bandwidth**self.exponent, r)
+        rate = safe_rate(-self.exponent / self.bandwidth**self.exponent, r)
         return phi * r.pow(self.exponent - 2).mul_(rate)
 
 # %% ../nbs/01_kernels.ipynb #4a956585
@@ -63,13 +63,13 @@ class Matern32(Radial):
     "(1 + s) exp(-s), s = sqrt(3) r / L"
 
     def phi(self, r):
-        minus_s = r * bounded(-(3**0.5) / self.bandwidth, r)
+        minus_s = r * safe_rate(-(3**0.5) / self.bandwidth, r)
         decay = minus_s.exp()
         return torch.addcmul(decay, minus_s, decay, value=-1)
 
     def slope(self, r, phi):
-        decay = (r * bounded(-(3**0.5) / self.bandwidth, r)).exp_()
-        return decay.mul_(bounded(-3 / self.bandwidth**2, r))
+        decay = (r * safe_rate(-(3**0.5) / self.bandwidth, r)).exp_()
+        return decay.mul_(safe_rate(-3 / self.bandwidth**2, r))
 
 # %% ../nbs/01_kernels.ipynb #4ce7f0ce
 class Matern52(Radial):
@@ -81,12 +81,12 @@ class Matern52(Radial):
 
     def slope(self, r, phi):
         s = _scaled(r, 5**0.5 / self.bandwidth)
-        return (1 + s) * torch.exp(-s) * bounded(-5 / (3 * self.bandwidth**2), r)
+        return (1 + s) * torch.exp(-s) * safe_rate(-5 / (3 * self.bandwidth**2), r)
 
 
 def _scaled(r, rate):
     "r times `rate`, up to where exp(-r) is 0 in every precision."
-    return (r * bounded(rate, r)).clamp_(max=1000)
+    return (r * safe_rate(rate, r)).clamp_(max=1000)
 
 # %% ../nbs/01_kernels.ipynb #c0f3104a
 KERNELS = {

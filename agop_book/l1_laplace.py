@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .kernelbase import Kernel, bounded
+from .kernelbase import Kernel, safe_rate
 from .metrics import apply_metric
 from .parameters import positive
 from .points import COLUMNS, Points, blocks
@@ -35,7 +35,7 @@ class L1Laplace(Kernel):
 
     def tile(self, left, right, slopes=False):
         "K, and None: its slopes are not a matrix."
-        return self.distances(left, right).mul_(bounded(-1 / self.bandwidth, left.x)).exp_(), None
+        return self.distances(left, right).mul_(safe_rate(-1 / self.bandwidth, left.x)).exp_(), None
 
     def gradient(self, left, right, coef):
         "m_j / L sum_i coef_i sign(z_ij - x_j) k(x, z_i), feature by feature; 0 where x_j = z_ij."
@@ -46,4 +46,4 @@ class L1Laplace(Kernel):
             for j in range(J.shape[2]):
                 sign = torch.sign(z.x[:, j] - left.x[:, j, None])
                 J[:, :, j] += (sign * K) @ a
-        return apply_metric(J, left.M) * bounded(1 / self.bandwidth, J)
+        return apply_metric(J, left.M) * safe_rate(1 / self.bandwidth, J)

@@ -77,7 +77,7 @@ def token_groups(directions,           # of `ValueHeads`
         if d.heads not in known:
             bare = reads is None
             known[d.heads] = value_inputs(d.heads.model, words["id"].to_numpy()) if bare else reads
-        U, names = _centred(known[d.heads][d.layer], words)
+        U, names = _centred(known[d.heads][d.layer - 1], words)
         p = U @ d.vector
         variance = p.square().mean()
         about = dict(kind=d.kind, layer=d.layer, head=d.head, direction=d.index, share=d.share,

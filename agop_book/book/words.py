@@ -154,7 +154,7 @@ def along_the_words(heads,                # `ValueHeads`
     rng, found = np.random.RandomState(random_state), []
     reads = value_inputs(heads.model, words["id"].to_numpy()).double()
     for d in heads.directions(k):
-        u = reads[d.layer]
+        u = reads[d.layer - 1]
         v = (u - u.mean(0)).T @ torch.from_numpy(rng.randn(len(words)))
         found.append(replace(d, vector=v / v.norm(), share=np.nan, kind="embedding"))
     return found

@@ -194,7 +194,7 @@ def test_tables_of_groups(heads, tokens):
 
 def test_agreement(heads):
     table = agreement(heads, k=3)
-    columns = ["leading", "shared", "leading_turned", "shared_turned"]
+    columns = ["leading", "shared", "leading_rotated", "shared_rotated"]
     assert len(table) == 4 and table[columns].stack().between(0, 1 + 1e-9).all()
     assert (table.chance == 0.5).all()
     kept = heads.sites[0].moments
@@ -203,7 +203,7 @@ def test_agreement(heads):
         same = agreement(heads, k=3).iloc[0]
     finally:
         heads.sites[0].moments = kept
-    assert min(same.leading, same.shared, same.leading_turned) > 1 - 1e-8
+    assert min(same.leading, same.shared, same.leading_rotated) > 1 - 1e-8
 
 
 @pytest.mark.parametrize("model", [nn.Linear(3, 3), nn.Transformer(8, 2, 1, 1, 8), "gpt2"])

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['head_rows', 'head_weight', 'deltas', 'head_moments']
 
-# %% ../nbs/09_transformers.ipynb #0a993f59
+# %% ../nbs/09_transformers.ipynb #19746225
 import torch
 
-# %% ../nbs/09_transformers.ipynb #89969cf8
+# %% ../nbs/09_transformers.ipynb #fb90dfcc
 def head_rows(model,        # a GPT-2
               kind: str,    # "query", "key" or "value"
               head: int     # counted from 1
@@ -29,7 +29,7 @@ def head_weight(model,      # a GPT-2
     weight = model.transformer.h[layer - 1].attn.c_attn.weight.detach()
     return weight[:, head_rows(model, kind, head)].T
 
-# %% ../nbs/09_transformers.ipynb #2799bdea
+# %% ../nbs/09_transformers.ipynb #64748ec2
 def deltas(model,   # a GPT-2
            ids):    # (n, t) token numbers
     """Yields, for each output of each text, the gradients at the outputs of all `c_attn`.
@@ -47,7 +47,7 @@ def deltas(model,   # a GPT-2
     for output in logits.sum(0).flatten():      # one backward pass serves all texts
         yield torch.autograd.grad(output, seen, retain_graph=True)
 
-# %% ../nbs/09_transformers.ipynb #f14770ba
+# %% ../nbs/09_transformers.ipynb #8b0a04df
 def head_moments(model,         # a GPT-2
                  ids            # (n, t) token numbers
                  ) -> torch.Tensor:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['token_scores', 'token_groups', 'agreement']
 
-# %% ../nbs/10_tokens.ipynb #86c60204
+# %% ../nbs/10_tokens.ipynb #1948903f
 import pandas as pd
 import torch
 from scipy.linalg import subspace_angles
@@ -18,7 +18,7 @@ from .matrices import matrix_power
 from .streams import value_inputs
 from .vocabulary import whole_words  # noqa: F401
 
-# %% ../nbs/10_tokens.ipynb #16405a1a
+# %% ../nbs/10_tokens.ipynb #2f7d3606
 def _centred_reads(directions, words, reads):
     "Each direction with what its layer reads of the words, less the mean over the words."
     known = {}
@@ -39,7 +39,7 @@ def token_scores(directions,           # of `ValueHeads`
     scores = {name: (p / p.square().nanmean().sqrt()).numpy() for name, p in scores.items()}
     return pd.DataFrame(scores, index=words.index)
 
-# %% ../nbs/10_tokens.ipynb #ca619d37
+# %% ../nbs/10_tokens.ipynb #60097f1b
 def token_groups(directions,           # of `ValueHeads`
                  words: pd.DataFrame,  # of `whole_words`
                  size: int = 10,       # words in a group
@@ -57,7 +57,7 @@ def token_groups(directions,           # of `ValueHeads`
             for end in _both_ends(d, U, words.index, size)]
     return pd.DataFrame(rows)
 
-# %% ../nbs/10_tokens.ipynb #5b45a156
+# %% ../nbs/10_tokens.ipynb #d3206147
 def _both_ends(d, U, names, size):
     "The two groups of a direction."
     p = U @ d.vector.cpu()
@@ -69,7 +69,7 @@ def _both_ends(d, U, names, size):
         ends = scores.sort_values(ascending=end == "-", kind="stable")[:size]
         yield about | dict(end=end, words=list(ends.index), projections=ends.round(3).tolist())
 
-# %% ../nbs/10_tokens.ipynb #4c165882
+# %% ../nbs/10_tokens.ipynb #b9aafe01
 def agreement(heads: ValueHeads,  # the heads of a model
               k: int = 4,         # size of the spaces that are compared
               random_state=0      # seed of the random rotations
@@ -90,7 +90,7 @@ def agreement(heads: ValueHeads,  # the heads of a model
         rows.append(row | dict(chance=min(1.0, k / len(W)), pearson=pearson))
     return pd.concat([heads.table[["layer", "head"]], pd.DataFrame(rows)], axis=1)
 
-# %% ../nbs/10_tokens.ipynb #d93e3d63
+# %% ../nbs/10_tokens.ipynb #47c528d1
 def _compared(C, W, k):
     "The leading eigenvectors of W^T C W against the right singular vectors of W."
     A, B = (torch.linalg.svd(M, full_matrices=False)[2][:k].T.cpu().numpy()

@@ -49,19 +49,22 @@ def find_head(sites,       # list of `Site` of `nfa`
                 and s.head == head - 1)
 
 # %% ../../nbs/book/headviews.ipynb #be156228
+_LIMIT = 0.25      # entry of the full colour: the leading one is larger, and would hide others
+
+
 def draw_head(views: dict,   # names to matrices `(d, d)`, the NFM first
               basis          # `(d_h, d)`, its rows: right singular vectors of W
               ):             # matplotlib Figure
     "Matrices in one basis and on one scale, and their entries in the stream against the NFM's."
     fig, axes = plt.subplots(2, 3, figsize=(9, 6), layout="constrained")
     small = {name: basis @ M @ basis.T / M.norm() for name, M in views.items()}
-    limit = max(float(M.abs().max()) for M in small.values())
     for ax, (name, M) in zip(axes[0], small.items()):
-        picture = ax.imshow(M, cmap="RdBu_r", vmin=-limit, vmax=limit)
+        picture = ax.imshow(M, cmap="RdBu_r", vmin=-_LIMIT, vmax=_LIMIT)
         ax.set(title=name, xlabel="right singular vector of W")
         _from_one(ax, len(basis))
     axes[0, 0].set_ylabel("right singular vector of W")
-    fig.colorbar(picture, ax=axes[0], shrink=0.85, label="entry, whole matrix of norm 1")
+    fig.colorbar(picture, ax=axes[0], shrink=0.85, extend="both",
+                 label="entry, whole matrix of norm 1")
     _diagonals(axes[1, 0], small)
     first, *others = views.items()
     for ax, other in zip(axes[1, 1:], others):
@@ -127,7 +130,7 @@ _COLOURS = [*PALETTE[:3], "0.45"]
 def _dots(ax, part, column, label, i):
     "One quantity: a dot for each head, a line through the means of the layers."
     x = part.layer.astype(float) + 0.1 * (i - 1.5)
-    ax.plot(x, part[column], _MARKS[i], ms=3, alpha=0.45, color=_COLOURS[i], mew=0)
+    ax.plot(x, part[column], _MARKS[i], ms=4, alpha=0.45, color=_COLOURS[i], mew=0)
     means = part.groupby("layer")[column].mean()
     ax.plot(means.index.astype(float) + 0.1 * (i - 1.5), means, _MARKS[i] + "-", ms=5, lw=1.2,
             color=_COLOURS[i], label=label)

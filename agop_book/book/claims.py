@@ -55,7 +55,7 @@ class _Numbers(string.Formatter):
 
 
 def filled(
-    claim: Claim,
+    claim: Claim,   # whose `test` and `why` may hold names in braces
     folder=None,    # with the records; None: those stored with the book
 ) -> Claim:
     "The claim with numbers in the place of their names. UsageError for a name without a number."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WAYS', 'PeakMemory', 'operations', 'agop_cost', 'middle_sizes', 'cost_study', 'along', 'cost_table', 'draw_costs']
 
-# %% ../../nbs/book/costs.ipynb #61196f10
+# %% ../../nbs/book/costs.ipynb #562a35ee
 import time
 import tracemalloc
 import weakref
@@ -27,7 +27,7 @@ with extra("book"):
     import matplotlib.pyplot as plt
     from matplotlib import ticker
 
-# %% ../../nbs/book/costs.ipynb #475917b4
+# %% ../../nbs/book/costs.ipynb #f8af5427
 class PeakMemory(TorchDispatchMode):
     "Counts the bytes of the tensors alive at the same time; `peak` is the most there were."
 
@@ -51,7 +51,7 @@ class PeakMemory(TorchDispatchMode):
             weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
         return out
 
-# %% ../../nbs/book/costs.ipynb #1a714c78
+# %% ../../nbs/book/costs.ipynb #98d9f1d9
 WAYS = ("closed form", "pull-backs", "probes", "differences")
 
 
@@ -122,7 +122,7 @@ def agop_cost(
         "operations": operations(**sizes)[way],
     }
 
-# %% ../../nbs/book/costs.ipynb #c37631a0
+# %% ../../nbs/book/costs.ipynb #c92ae797
 def middle_sizes() -> dict:
     "The sizes around which one at a time is changed."
     return pick(
@@ -158,7 +158,7 @@ def cost_study() -> pd.DataFrame:
     costs = sweep("complexity", agop_cost, grid)
     return costs.assign(floor=costs["operations"] / _speed())
 
-# %% ../../nbs/book/costs.ipynb #8928ac50
+# %% ../../nbs/book/costs.ipynb #7fd7ca01
 def along(
     costs: pd.DataFrame,   # of `cost_study`
     axis,                  # "n", "d" or "c"; None: the middle alone

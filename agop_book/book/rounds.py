@@ -6,10 +6,9 @@
 __all__ = ['polynomial_r2', 'polynomial_study', 'draw_polynomials', 'image_rounds', 'images', 'image_sets', 'image_study',
            'by_round', 'image_table', 'draw_image_rounds', 'draw_pixel_weights']
 
-# %% ../../nbs/book/rounds.ipynb #8f9bf7ef
+# %% ../../nbs/book/rounds.ipynb #df95bf36
 import warnings
 
-import numpy as np
 import pandas as pd
 from sklearn.neural_network import MLPRegressor
 
@@ -24,7 +23,7 @@ from ..rfm import RFMClassifier, RFMRegressor
 with extra("book"):
     import matplotlib.pyplot as plt
 
-# %% ../../nbs/book/rounds.ipynb #3c57f747
+# %% ../../nbs/book/rounds.ipynb #35f9dda8
 def polynomial_r2(
     task,    # one of `LOW_RANK`
     model,   # "Laplace kernel", "RFM" or "MLP"
@@ -66,7 +65,7 @@ def polynomial_study() -> pd.DataFrame:
     ]
     return sweep("rfm-lowrank", polynomial_r2, grid)
 
-# %% ../../nbs/book/rounds.ipynb #9916e4ff
+# %% ../../nbs/book/rounds.ipynb #123c66f9
 def draw_polynomials(
     results: pd.DataFrame,   # of `polynomial_study`
 ):                           # matplotlib Figure
@@ -83,7 +82,7 @@ def draw_polynomials(
     ax.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
     return fig
 
-# %% ../../nbs/book/rounds.ipynb #8ede3f91
+# %% ../../nbs/book/rounds.ipynb #495a2cdf
 def image_rounds(
     data,     # name of a set of images
     metric,   # "diag" or "full"
@@ -118,7 +117,7 @@ def images(
     whole = data in ("svhn_crops", "digits")
     return load(data, split="all" if whole else "train", n=n, random_state=seed)
 
-# %% ../../nbs/book/rounds.ipynb #22a69303
+# %% ../../nbs/book/rounds.ipynb #5df4818b
 def image_sets() -> dict:
     "Sets of images on this machine, with their numbers of training and test images."
     common = pick(quick=(300, 300), book=(2000, 2000), paper=(5000, 5000))
@@ -151,7 +150,7 @@ def image_study() -> pd.DataFrame:
     ]
     return sweep("rfm-images", image_rounds, grid)
 
-# %% ../../nbs/book/rounds.ipynb #7e9d155a
+# %% ../../nbs/book/rounds.ipynb #f6f6d890
 def by_round(
     results: pd.DataFrame,   # of `image_study`
 ) -> pd.DataFrame:
@@ -192,7 +191,7 @@ def draw_image_rounds(
     fig.legend(lines, names, loc="outside lower center", ncols=2)
     return fig
 
-# %% ../../nbs/book/rounds.ipynb #9d16f654
+# %% ../../nbs/book/rounds.ipynb #4288c454
 def draw_pixel_weights(
     panels: dict,   # title to weights (h, w), which sum to 1
 ):                  # matplotlib Figure

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WAYS', 'PeakMemory', 'operations', 'agop_cost', 'middle_sizes', 'cost_study', 'along', 'cost_table', 'draw_costs']
 
-# %% ../../nbs/book/costs.ipynb #562a35ee
+# %% ../../nbs/book/costs.ipynb #af89784d
 import time
 import tracemalloc
 import weakref
@@ -27,7 +27,7 @@ with extra("book"):
     import matplotlib.pyplot as plt
     from matplotlib import ticker
 
-# %% ../../nbs/book/costs.ipynb #f8af5427
+# %% ../../nbs/book/costs.ipynb #300660ea
 class PeakMemory(TorchDispatchMode):
     "Counts the bytes of the tensors alive at the same time; `peak` is the most there were."
 
@@ -51,7 +51,7 @@ class PeakMemory(TorchDispatchMode):
             weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
         return out
 
-# %% ../../nbs/book/costs.ipynb #98d9f1d9
+# %% ../../nbs/book/costs.ipynb #182c9820
 WAYS = ("closed form", "pull-backs", "probes", "differences")
 
 
@@ -99,13 +99,25 @@ def operations(
     }
 
 
+def _speed():
+    "Operations a second of a product of matrices, in single precision."
+    B = torch.randn(1024, 1024, dtype=torch.float32)
+    elapsed = []
+    for _ in range(5):
+        start = time.perf_counter()
+        B @ B
+        elapsed.append(time.perf_counter() - start)
+    return 2 * 1024**3 / min(elapsed)
+
+
 def agop_cost(
     way,       # one of `WAYS`
     **sizes,   # of `operations`
 ) -> dict:
-    "Best time of two in seconds, peak memory in MiB and operations of one AGOP of random data."
+    "One AGOP of random data: best `time` of two and `floor` in seconds, peak `memory` in MiB."
     call = _calls(**sizes)[way]
-    call()                       # what the first call alone imports and allocates is not counted
+    with PeakMemory():
+        call()                   # what a first call alone imports and allocates is not counted
     tracemalloc.start()
     with PeakMemory() as memory:
         call()
@@ -119,10 +131,10 @@ def agop_cost(
     return {
         "time": min(times),
         "memory": peak / 2**20,
-        "operations": operations(**sizes)[way],
+        "floor": operations(**sizes)[way] / _speed(),
     }
 
-# %% ../../nbs/book/costs.ipynb #c92ae797
+# %% ../../nbs/book/costs.ipynb #7d617712
 def middle_sizes() -> dict:
     "The sizes around which one at a time is changed."
     return pick(
@@ -132,19 +144,8 @@ def middle_sizes() -> dict:
     )
 
 
-def _speed():
-    "Operations a second of a product of matrices, in single precision."
-    B = torch.randn(1024, 1024, dtype=torch.float32)
-    elapsed = []
-    for _ in range(5):
-        start = time.perf_counter()
-        B @ B
-        elapsed.append(time.perf_counter() - start)
-    return 2 * 1024**3 / min(elapsed)
-
-
 def cost_study() -> pd.DataFrame:
-    "`agop_cost` of all ways along samples, features and outputs, and the `floor` in seconds."
+    "`agop_cost` of all ways along samples, features and outputs."
     base = middle_sizes()
     span = pick(quick=[0.25, 1, 4], book=[0.25, 0.5, 1, 2, 4])
     spans = {"n": span, "d": span, "c": pick(quick=[0.25, 1, 4, 16], book=[0.25, 1, 4, 16, 32])}
@@ -155,10 +156,9 @@ def cost_study() -> pd.DataFrame:
         for way in WAYS
     ]
     grid = [dict(row) for row in dict.fromkeys(tuple(sorted(row.items())) for row in grid)]
-    costs = sweep("complexity", agop_cost, grid)
-    return costs.assign(floor=costs["operations"] / _speed())
+    return sweep("complexity", agop_cost, grid)
 
-# %% ../../nbs/book/costs.ipynb #7fd7ca01
+# %% ../../nbs/book/costs.ipynb #cea01253
 def along(
     costs: pd.DataFrame,   # of `cost_study`
     axis,                  # "n", "d" or "c"; None: the middle alone

@@ -6,7 +6,7 @@
 __all__ = ['polynomial_r2', 'polynomial_study', 'draw_polynomials', 'image_rounds', 'images', 'image_sets', 'image_study',
            'by_round', 'image_table', 'draw_image_rounds', 'draw_pixel_weights']
 
-# %% ../../nbs/book/rounds.ipynb #df95bf36
+# %% ../../nbs/book/rounds.ipynb #cb3e5be8
 import warnings
 
 import pandas as pd
@@ -23,7 +23,7 @@ from ..rfm import RFMClassifier, RFMRegressor
 with extra("book"):
     import matplotlib.pyplot as plt
 
-# %% ../../nbs/book/rounds.ipynb #35f9dda8
+# %% ../../nbs/book/rounds.ipynb #bd00ed5e
 def polynomial_r2(
     task,    # one of `LOW_RANK`
     model,   # "Laplace kernel", "RFM" or "MLP"
@@ -65,7 +65,7 @@ def polynomial_study() -> pd.DataFrame:
     ]
     return sweep("rfm-lowrank", polynomial_r2, grid)
 
-# %% ../../nbs/book/rounds.ipynb #123c66f9
+# %% ../../nbs/book/rounds.ipynb #0fb70b19
 def draw_polynomials(
     results: pd.DataFrame,   # of `polynomial_study`
 ):                           # matplotlib Figure
@@ -82,7 +82,7 @@ def draw_polynomials(
     ax.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
     return fig
 
-# %% ../../nbs/book/rounds.ipynb #495a2cdf
+# %% ../../nbs/book/rounds.ipynb #5248a716
 def image_rounds(
     data,     # name of a set of images
     metric,   # "diag" or "full"
@@ -109,15 +109,15 @@ def image_rounds(
 
 
 def images(
-    data,        # name of a set of images
-    n,           # how many
-    seed=None,   # of their order; None: as stored
-):               # what `load` returns
+    data,   # name of a set of images
+    n,      # how many
+    seed,   # of the draw and of their order
+):          # what `load` returns
     "Images of a set; sets without a test part are taken whole."
     whole = data in ("svhn_crops", "digits")
     return load(data, split="all" if whole else "train", n=n, random_state=seed)
 
-# %% ../../nbs/book/rounds.ipynb #5df4818b
+# %% ../../nbs/book/rounds.ipynb #232ee1a8
 def image_sets() -> dict:
     "Sets of images on this machine, with their numbers of training and test images."
     common = pick(quick=(300, 300), book=(2000, 2000), paper=(5000, 5000))
@@ -150,7 +150,7 @@ def image_study() -> pd.DataFrame:
     ]
     return sweep("rfm-images", image_rounds, grid)
 
-# %% ../../nbs/book/rounds.ipynb #f6f6d890
+# %% ../../nbs/book/rounds.ipynb #8caa000f
 def by_round(
     results: pd.DataFrame,   # of `image_study`
 ) -> pd.DataFrame:
@@ -191,7 +191,7 @@ def draw_image_rounds(
     fig.legend(lines, names, loc="outside lower center", ncols=2)
     return fig
 
-# %% ../../nbs/book/rounds.ipynb #4288c454
+# %% ../../nbs/book/rounds.ipynb #364f44c6
 def draw_pixel_weights(
     panels: dict,   # title to weights (h, w), which sum to 1
 ):                  # matplotlib Figure

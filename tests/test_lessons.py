@@ -88,7 +88,8 @@ def test_the_last_line_leads_on(name):
 def test_there_are_boxes_to_try(name):
     "A prediction is asked for, a cell is run, the answer follows."
     found = cells(name)
-    boxes = [i for i, c in enumerate(found) if "> **Try it.** Predict" in source(c)]
+    boxes = [i for i, c in enumerate(found)
+             if re.search(r"^> \*\*Try it\.\*\*.*\bPredict\b", source(c), re.M)]
     assert len(boxes) >= 2
     for i in boxes:
         shown = [c for c in found[i + 1:i + 5] if c["cell_type"] == "code"]

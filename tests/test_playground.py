@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import r2_score
 
-from agop_book.book.live import page_file
+from agop_book.book.live import live_page
 from agop_book.book.playground import playground
 from agop_book.rfm import RFMRegressor
 
@@ -27,7 +27,7 @@ def page(browser):
     page.problems = []
     page.on("pageerror", lambda error: page.problems.append(str(error)))
     page.on("request", lambda asked: page.problems.append(f"asked for {asked.url}"))
-    page.set_content(page_file("playground.html"))
+    page.set_content(live_page("playground.html"))
     page.wait_for_function(READY)
     yield page
     assert page.problems == []

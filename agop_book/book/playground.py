@@ -10,7 +10,7 @@ from io import BytesIO
 
 import numpy as np
 
-from .live import Live, page_file
+from .live import Live, live_page
 from .pictures import encoded, thumbnail
 from ..draw import style
 from ..extras import extra
@@ -66,4 +66,4 @@ def playground() -> Live:
     "A page with sliders for task and machine, which a notebook shows; see the class for the rest."
     still, alt = _still()
     return Live("Playground: a Recursive Feature Machine in your browser",
-                page_file("playground.html"), still, alt, height=560, tall=990)
+                live_page("playground.html"), still, alt, height=560, tall=990)

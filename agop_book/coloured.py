@@ -147,9 +147,9 @@ def text_weights(text: str,              # with at least one token
     ids = torch.as_tensor(heads.tokens.encode(text))
     check_tokens(ids[None], gpt2_body(heads.model), "text")
     if in_place:
-        reads = text_reads(heads.model, ids, direction.layer)
+        reads = text_reads(heads.model, ids, direction.layer - 1)
     else:
-        reads = value_inputs(heads.model, ids)[direction.layer]
+        reads = value_inputs(heads.model, ids)[direction.layer - 1]
     pieces = [heads.tokens.decode([int(i)]) for i in ids]
     return pieces, direction.standard(reads, in_place).cpu().numpy()
 
@@ -172,8 +172,6 @@ def colour(text: str,               # with at least one token
     pieces, weights = text_weights(text, direction, in_place)
     if end:
         weights = np.clip(weights * (1 if end == "+" else -1), 0, None)
-    title = f"layer {direction.layer}, head {direction.head}, direction {direction.index}"
-    title += f" ({direction.kind})"
-    title += f", end {end}" if end else ""
-    title += ", in place" if in_place else ""
+    ends = {"+": ", positive end", "-": ", negative end", None: ""}
+    title = direction.label + ends[end] + (", in place" if in_place else "")
     return Coloured(pieces, weights, title, limit)

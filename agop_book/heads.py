@@ -27,22 +27,31 @@ def logit_root(W: torch.Tensor,   # (V, d), the matrix from the last hidden stat
     return matrix_power(sum(part.T @ part for part in parts), 0.5).to(W)
 
 # %% ../nbs/workshop/heads.ipynb #f3fd207f
+_NAMES = {"agop": "value-AGOP eigenvector", "singular": "value singular vector"}
+
+
 @dataclass(frozen=True, eq=False)
 class Direction:
     "A direction of what the values of a layer read."
     heads: object = field(repr=False)         # the `ValueHeads` it comes from
-    layer: int
+    layer: int                                # counted from 1, as are the next two
     head: int
     index: int
     vector: torch.Tensor = field(repr=False)  # `(d,)`
     share: float = np.nan                     # of the trace of the AGOP, or of W^T W
     kind: str = "agop"
 
+    @property
+    def label(self) -> str:
+        "Where it comes from, for people."
+        named = _NAMES.get(self.kind, f"{self.kind} direction")
+        return f"layer {self.layer}, head {self.head}, {named} {self.index}"
+
     def standard(self, u: torch.Tensor, in_place: bool = False) -> torch.Tensor:
         """Projections of `u` `(n, d)` in standard deviations from the mean over the texts.
 
         Of the embeddings, or (`in_place`) of what was read there."""
-        mean, covariance = (moment[self.layer] for moment in self.heads.moments[in_place])
+        mean, covariance = (moment[self.layer - 1] for moment in self.heads.moments[in_place])
         variance = self.vector @ covariance @ self.vector
         return (u.double() - mean) @ self.vector / variance.clamp(min=1e-30).sqrt()
 
@@ -52,7 +61,7 @@ class ValueHeads:
     they read (paper, section II.C).
 
     `.sites`: a `Site` for each; `.table`: its row of `nfa` with the layer. Layers and heads count
-    from 0; where all queries of a layer share one value (multi-query attention), it has head 0
+    from 1; where all queries of a layer share one value (multi-query attention), it has head 1
     only. Memory does not depend on the size of the vocabulary. ValueError for models that are not
     of GPT-2's kind, and for token numbers or lengths that the model cannot take."""
 
@@ -89,24 +98,26 @@ class ValueHeads:
         self.sites = [sites[i] for i in rows]
         self.table = table.iloc[rows].reset_index(drop=True)
         layers = self.table.site.str.extract(r"h\.(\d+)\.")[0].astype(int)
-        self.table.insert(0, "layer", layers)
-        self.table["head"] = self.table["head"].fillna(0).astype(int)
+        self.table.insert(0, "layer", layers + 1)
+        self.table["head"] = self.table["head"].fillna(0).astype(int) + 1
 
     def directions(self, k: int = 4, kind: str = "agop", random_state=0) -> list:
         "The `k` leading `Direction`s of every head, by layer and head."
         rows = range(len(self.sites))
         return [d for row in rows for d in self._leading(row, k, kind, random_state)]
 
-    def direction(self, layer: int, head: int, index: int = 0, kind: str = "agop") -> Direction:
-        "One of them. IndexError for a layer, head or index that the model does not have."
-        ranks = range(len(self.sites[0].W))
+    def direction(self, layer: int, head: int, index: int = 1, kind: str = "agop") -> Direction:
+        """One of them, all counted from 1; index 1 is the leading one.
+
+        IndexError for a layer, head or index that the model does not have."""
+        ranks = range(1, len(self.sites[0].W) + 1)
         known = dict(layer=set(self.table.layer), head=set(self.table["head"]), index=ranks)
         for name, value in dict(layer=layer, head=head, index=index).items():
             if is_number(value) and value in known[name]: continue
             low, high = min(known[name]), max(known[name])
             raise IndexError(f"{name}={value!r}: choose one of {low} to {high}")
         here = (self.table.layer == layer) & (self.table["head"] == head)
-        return self._leading(int(np.flatnonzero(here)[0]), index + 1, kind, 0)[index]
+        return self._leading(int(np.flatnonzero(here)[0]), index, kind, 0)[-1]
 
     def _leading(self, row, k, kind, seed):
         W = self.sites[row].W
@@ -116,7 +127,8 @@ class ValueHeads:
         largest = Vt.abs().argmax(1, keepdim=True)    # positive: the sign is arbitrary
         Vt, shares = Vt * Vt.gather(1, largest).sign(), s.square() / s.square().sum()
         layer, head = int(self.table.layer[row]), int(self.table["head"][row])
-        return [Direction(self, layer, head, i, Vt[i], float(shares[i]), kind) for i in range(k)]
+        return [Direction(self, layer, head, i + 1, Vt[i], float(shares[i]), kind)
+                for i in range(k)]
 
     def _factor(self, row, kind, seed):
         "The matrix whose right singular vectors are the directions."

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['normalised', 'mix', 'rotated']
 
-# %% ../nbs/14_transfer.ipynb #16f2fed6
+# %% ../nbs/14_transfer.ipynb #8fd61028
 import numpy as np
 from scipy.stats import ortho_group
 
-# %% ../nbs/14_transfer.ipynb #a8fd61ea
+# %% ../nbs/14_transfer.ipynb #72c7a57a
 def normalised(
     M: np.ndarray,  # (p, p), or (p,) a diagonal
     Z: np.ndarray,  # (n, p), what M is applied to: centred rows, or patches
@@ -24,13 +24,12 @@ def normalised(
         raise ValueError("X holds the same row again and again: there are no distances to keep.")
     if not seen > 1e-6 * plain * (M if M.ndim == 1 else M.diagonal()).mean():
         raise ValueError(
-            "source puts all its weight on features that do not vary in X, so every "
-            "distance would be zero; pass identity above 0 and power=0, or another "
-            "source."
+            "source puts all its weight on features that do not vary in X, so every distance "
+            "would be zero; pass identity above 0 and power=0, or another source."
         )
     return M * (plain / seen)
 
-# %% ../nbs/14_transfer.ipynb #17bcb059
+# %% ../nbs/14_transfer.ipynb #01774013
 def mix(source: np.ndarray,       # (p, p), or (p,) a diagonal, in the units of the identity
         own: np.ndarray = None,   # the same of the target
         weight: float = 1.0,      # of the source against `own`
@@ -41,7 +40,7 @@ def mix(source: np.ndarray,       # (p, p), or (p,) a diagonal, in the units of 
     eye = np.ones(len(M)) if M.ndim == 1 else np.eye(len(M))
     return (1 - identity) * M + identity * eye
 
-# %% ../nbs/14_transfer.ipynb #15fa139a
+# %% ../nbs/14_transfer.ipynb #20148d2a
 def rotated(M: np.ndarray,       # (d, d), or (d,) a diagonal
             random_state=None    # seed
             ) -> np.ndarray:     # (d, d)

@@ -34,6 +34,10 @@ ATTRIBUTES = {"*": ["class", "id", "style", "title"], "a": ["href"], "table": ["
               "th": ["colspan", "halign", "rowspan", "valign"]}
 PROTOCOLS = {"http", "https", "mailto"}
 COLOURS = CSSSanitizer({*ALLOWED_CSS_PROPERTIES, "border-radius", "opacity"})
+FRAME = re.compile(r'<iframe title="([^"<>]*)" sandbox="allow-scripts" srcdoc="([^"]*)"'
+                   r'[^"<>]*style="[^"<>]*height: (\d+)px[^"<>]*"></iframe>')
+ALONE = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+         "img-src data:")
 AS_THEY_ARE = {"text/plain", "image/png", "image/jpeg"}
 markdown = nbformat.v4.new_markdown_cell
 
@@ -112,8 +116,18 @@ def documented(doc, todo, level):
 
 # Stored outputs
 
+def live(match):
+    "A page in a frame, cut off from the site around it and from the network."
+    title, page, height = match.groups()
+    return (f'<iframe class="live" title="{title}" sandbox="allow-scripts" srcdoc="<!doctype html>'
+            f"<meta http-equiv='Content-Security-Policy' content=&quot;{ALONE}&quot;>{page}\" "
+            f'style="height: {height}px"></iframe>')
+
+
 def safe_html(text):
-    "Tables, colours and style sheets, and nothing that runs or loads anything."
+    """Tables, colours and style sheets, and nothing that runs or loads anything, except a page in
+    a frame of its own."""
+    if match := FRAME.search(text): return live(match)
     styles = [css for css in STYLE.findall(text) if not ACTIVE_CSS.search(css)]
     body = bleach.clean(STYLE.sub("", text), TAGS, ATTRIBUTES, PROTOCOLS, css_sanitizer=COLOURS)
     return "".join(f"<style>{css}</style>" for css in styles) + body
@@ -152,7 +166,7 @@ def spoken(output):
 def apart(cell):
     "The cell with its outputs up to the second picture, and cells for the rest of the outputs."
     starts = [i for i, output in enumerate(cell.outputs) if spoken(output)][1:]
-    rest = [nbformat.v4.new_code_cell("#| echo: false", outputs=cell.outputs[a:b])
+    rest = [nbformat.v4.new_code_cell("#| echo: false\npass", outputs=cell.outputs[a:b])
             for a, b in zip(starts, [*starts[1:], None])]
     if starts:
         cell.outputs = cell.outputs[:starts[0]]

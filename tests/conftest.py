@@ -18,6 +18,12 @@ ROOT = Path(__file__).parents[1]
 SOURCES = ("agop_book", "nbs", "settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 
 
+FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+         "--disable-background-networking --disable-component-update --disable-sync").split()
+OFFLINE = "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
 @pytest.fixture(scope="session")
 def settings():
     "The settings of the book."
@@ -168,3 +174,15 @@ def nothing_left_behind():
     yield
     assert torch.backends.mha.get_fastpath_enabled()
     assert "apply" not in vars(torch.utils.checkpoint.CheckpointFunction)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if not path:
+        pytest.skip("no chromium on the PATH (Debian: apt install chromium)")
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with api.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=path, args=[*FLAGS, OFFLINE])
+        yield browser
+        browser.close()

@@ -24,20 +24,22 @@ def ids():
 
 
 def test_rows_of_all_heads_fill_the_matrix(model):
-    rows = [head_rows(model, kind, head) for kind in KINDS for head in range(3)]
+    rows = [head_rows(model, kind, head) for kind in KINDS for head in (1, 2, 3)]
     places = [i for r in rows for i in range(r.start, r.stop)]
     assert places == list(range(36))
     with pytest.raises(ValueError, match="'output'"):
-        head_rows(model, "output", 0)
+        head_rows(model, "output", 1)
+    with pytest.raises(ValueError, match="head=0"):
+        head_rows(model, "key", 0)
 
 
 def test_a_heads_weight_makes_its_queries(model):
     u = torch.randn(4, 12, dtype=torch.float64)
     attn = model.transformer.h[1].attn.c_attn
     for kind in KINDS:
-        rows = head_rows(model, kind, 2)
+        rows = head_rows(model, kind, 3)
         out = attn(u) - attn.bias
-        assert torch.allclose(u @ head_weight(model, 1, kind, 2).T, out[:, rows])
+        assert torch.allclose(u @ head_weight(model, 2, kind, 3).T, out[:, rows])
 
 
 def test_one_set_of_gradients_for_each_output(model, ids):
@@ -53,8 +55,9 @@ def test_moments_give_the_agop_of_every_head(model, ids):
     heads = [s for s in sites if s.kind in KINDS]
     assert len(heads) == 2 * 3 * 3
     for site in heads:
-        layer, rows = int(site.name.split(".")[2]), head_rows(model, site.kind, site.head)
-        W = head_weight(model, layer, site.kind, site.head)
-        by_hand = W.T @ C[layer][rows, rows] @ W
+        layer, head = int(site.name.split(".")[2]) + 1, site.head + 1
+        rows = head_rows(model, site.kind, head)
+        W = head_weight(model, layer, site.kind, head)
+        by_hand = W.T @ C[layer - 1][rows, rows] @ W
         assert torch.allclose(site.W.to(W), W)
         assert (site.agop() - by_hand).abs().max() < 1e-10 * by_hand.abs().max()

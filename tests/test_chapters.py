@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import nbformat
 import pytest
 from tinybooks import IMPORTS, chapter, sidebar
 
@@ -88,8 +89,21 @@ def test_sidebar_orders_and_names(book):
     order = [(c.name, c.part) for c in found]
     assert order == [("b", "One"), ("shop/c", "One"), ("a", ""), ("index", "")]
     text = book_map(book).data
-    assert "| One | |\n|---|---|\n| [The b \\| x](b.ipynb) |" in text
-    assert "[The shop/c \\| x](shop/c.ipynb)" in text and "index" not in text
+    assert "**One**\n\n- [The b | x](b.ipynb): ." in text
+    assert "shop/c" not in text and "index" not in text
+
+
+def test_facts_of_a_lesson(book):
+    line = ("**Before this:** [A](a.ipynb), [B](b.ipynb) · **Reading time:** 5 minutes · "
+            "**Running time:** 1 minute at quick scale, 2 minutes at book scale · **Data:** none")
+    chapter(book, "a", "# A")
+    nb = nbformat.read(book / "a.ipynb", as_version=4)
+    nb.cells.insert(1, nbformat.v4.new_markdown_cell(f"A question.\n\n{line}"))
+    nbformat.write(nb, book / "a.ipynb")
+    facts = chapters(book)[0].facts
+    assert facts["Before this"] == "[A](a.ipynb), [B](b.ipynb)"
+    assert facts["Reading time"] == "5 minutes" and facts["Data"] == "none"
+    assert "*5 minutes to read; 1 minute at quick" in book_map(book).data
 
 
 @pytest.mark.parametrize("text", ["website: 3", "website: {sidebar: [", "[]", ""])
@@ -125,4 +139,5 @@ def test_every_figure_of_the_book_has_one_chapter():
 def test_the_map_names_every_chapter_with_its_subtitle():
     text = book_map().data
     for c in chapters()[:-1]:
-        assert f"({c.name}.ipynb) | {c.subtitle.rstrip('.')} |" in text and c.subtitle
+        if c.is_lesson:
+            assert f"({c.name}.ipynb): {c.subtitle.rstrip('.')}." in text and c.subtitle

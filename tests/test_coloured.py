@@ -130,11 +130,11 @@ def heads():
 @pytest.mark.parametrize("limit", [0, -1, np.nan, np.inf, "3", True, None])
 def test_a_bad_limit_of_colours_is_named(heads, limit):
     with pytest.raises(ValueError, match="limit="):
-        colour("the cat", heads.direction(0, 0), limit=limit)
+        colour("the cat", heads.direction(1, 1), limit=limit)
 
 
 def test_weights_of_a_text(heads):
-    d, ids = heads.direction(1, 0), heads.tokens.encode(TEXT)[:160]
+    d, ids = heads.direction(2, 1), heads.tokens.encode(TEXT)[:160]
     pieces, weights = text_weights("the cat sat", d)
     assert pieces == ["the", " cat", " sat"]
     assert weights[1] == pytest.approx(text_weights(" cat", d)[1][0])  # no context
@@ -146,7 +146,7 @@ def test_weights_of_a_text(heads):
 
 
 def test_long_texts_are_read_in_windows(heads):
-    d, ids = heads.direction(1, 0), heads.tokens.encode(TEXT)
+    d, ids = heads.direction(2, 1), heads.tokens.encode(TEXT)
     pieces, weights = text_weights(heads.tokens.decode(ids[:30]), d, in_place=True)
     assert len(pieces) == len(weights) == 30 and np.isfinite(weights).all()
     first = layer_reads(heads.model, ids[None, :8])[1, 0]
@@ -157,10 +157,10 @@ def test_long_texts_are_read_in_windows(heads):
 
 
 def test_colour_says_what_is_wrong(heads):
-    d = heads.direction(0, 0)
+    d = heads.direction(1, 1)
     assert isinstance(colour("the cat", d), Coloured)
     assert (colour("the cat", d, end="-").weights >= 0).all()
-    assert "end +, in place" in colour("the cat", d, end="+", in_place=True).title
+    assert "positive end, in place" in colour("the cat", d, end="+", in_place=True).title
     with pytest.raises(ValueError, match="text='' has nothing to colour"):
         colour("", d)
     with pytest.raises(ValueError, match="text=None"):

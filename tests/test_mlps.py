@@ -1,9 +1,11 @@
-"""The network of chapter 06, and what gradient flow of two linear layers conserves."""
+"""The networks of the lesson on MLPs, and what gradient flow of two linear layers conserves."""
 import numpy as np
 import pytest
 import torch
 
-from agop_book.book.mlps import ACTIVATIONS, MLP, ansatz_gap, balanced, flow, velocity
+from agop_book.book.mlps import ansatz_gap, balanced, flow, imbalance, velocity
+from agop_book.book.perceptrons import ACTIVATIONS, MLP, power_table
+from agop_book.nfa import nfa
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -63,6 +65,25 @@ def test_flow_conserves_the_balance_and_so_the_ansatz(squares):
     assert max(ansatz_gap(A, B)[0] for A, B in path) < 1e-6
     assert np.linalg.norm(path[-1][0] @ path[-1][1] - P) > 0.1       # it did learn
     A, B = rng.normal(size=(3, 4)), rng.normal(size=(4, 6))
-    imbalances = [B @ B.T - A.T @ A for A, B in flow(A, B, S, T, times)]
+    path = flow(A, B, S, T, times)
+    imbalances = [B @ B.T - A.T @ A for A, B in path]
+    assert np.array_equal(imbalances, [imbalance(*pair) for pair in path])
     assert np.allclose(imbalances, imbalances[0], atol=1e-6)
     assert np.linalg.norm(imbalances[0]) > 1 and ansatz_gap(A, B)[0] > 0.1
+
+
+def test_powers_of_balanced_linear_layers():
+    "The power 1 / (L - l + 1) of layer l makes NFM and AGOP equal; others do not."
+    rng = np.random.default_rng(0)
+    turns = [np.linalg.qr(rng.normal(size=(6, 6)))[0] for _ in range(4)]
+    sizes = np.geomspace(1, 0.3, 6)
+    net = torch.nn.Sequential(*[torch.nn.Linear(6, 6, bias=False) for _ in range(3)]).double()
+    with torch.no_grad():
+        for layer, a, b in zip(net, turns, turns[1:]):
+            layer.weight.copy_(torch.from_numpy(b * sizes @ a.T))
+    x = torch.from_numpy(rng.normal(size=(4, 6)))
+    _, sites = nfa(net.eval(), x, matrices=True, rotations=0, progress=False)
+    table = power_table(sites, [1 / 3, 1 / 2, 1])
+    for layer, best in {1: 1 / 3, 2: 1 / 2, 3: 1}.items():
+        assert table[layer].idxmax() == best and table.loc[best, layer] > 1 - 1e-5
+        assert table[layer].drop(best).max() < 0.999

@@ -103,7 +103,7 @@ def test_one_buffer_holds_factor_and_slopes(n, d, tile, seed):
     kernel = Matern52(1.0)
     buf = torch.full((n, n), torch.nan, dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("agop_book.kernels.blocks.__defaults__", (tile,))
+        patch.setattr("agop_book.points.blocks.__defaults__", (tile,))
         gram_and_slopes_(buf, kernel, Points(X))
         K, A = kernel.tile(Points(X), Points(X), slopes=True)
         A.fill_diagonal_(0)

@@ -6,9 +6,10 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
-from agop_book.gates import LSTMStep, SharedLinear
+from agop_book.gates import LSTMStep
 from agop_book.nfa import nfa
 from agop_book.rnns import explicit
+from agop_book.shared import SharedLinear
 
 KINDS = {"rnn": (nn.RNN, {}), "relu": (nn.RNN, dict(nonlinearity="relu")), "gru": (nn.GRU, {}),
          "lstm": (nn.LSTM, {}), "projected": (nn.LSTM, dict(proj_size=2))}

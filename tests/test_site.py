@@ -1,7 +1,6 @@
 """The site: it builds without a warning, and a browser without a network shows every page as it
 should be."""
 import re
-import shutil
 import subprocess
 import sys
 from functools import partial
@@ -16,10 +15,6 @@ from conftest import notebooks
 
 ROOT = Path(__file__).parents[1]
 PAGES = [name.removesuffix(".ipynb") for name in notebooks()]
-FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
-         "--disable-background-networking --disable-component-update --disable-sync").split()
-OFFLINE = "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 UNLOADED = "[...document.images].filter(i => !(i.complete && i.naturalWidth)).map(i => i.src)"
 
 
@@ -53,18 +48,6 @@ def address(book):
     Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
-
-
-@pytest.fixture(scope="session")
-def browser():
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if not path:
-        pytest.skip("no chromium on the PATH (Debian: apt install chromium)")
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with api.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=path, args=[*FLAGS, OFFLINE])
-        yield browser
-        browser.close()
 
 
 def watch(page, problems, address):

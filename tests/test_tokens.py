@@ -16,7 +16,7 @@ from agop_book.coloured import colour
 from agop_book.hub import hub_language, load_transformers
 from agop_book.streams import value_inputs
 from agop_book.heads import Direction, ValueHeads, logit_root
-from agop_book.tokens import agreement, token_groups, whole_words
+from agop_book.tokens import agreement, token_groups, token_scores, whole_words
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
@@ -77,15 +77,16 @@ def test_agop_without_logits_is_that_of_the_logits():
     model.lm_head._forward_pre_hooks.clear()
     for site, layer in zip(heads.sites, heads.table.layer):
         rows = torch.arange(4) + 2 * 8 + site.head * 4
-        brute = brute_force(model, ids, model.transformer.h[layer].attn.c_attn, rows)
+        brute = brute_force(model, ids, model.transformer.h[layer - 1].attn.c_attn, rows)
         assert close(site.agop(), brute)
         values, V = torch.linalg.eigh(brute)
-        found = torch.stack([heads.direction(layer, site.head, i).vector for i in range(4)])
+        head = site.head + 1
+        found = torch.stack([heads.direction(layer, head, i).vector for i in range(1, 5)])
         eye = torch.eye(4, dtype=found.dtype)
         assert torch.allclose((found @ V.flip(1)[:, :4]).abs(), eye, atol=1e-5)
-        assert abs(heads.direction(layer, site.head).share - values[-1] / values.sum()) < 1e-8
+        assert abs(heads.direction(layer, head).share - values[-1] / values.sum()) < 1e-8
         right = torch.linalg.svd(site.W)[2]
-        second = heads.direction(layer, site.head, 1, "singular").vector
+        second = heads.direction(layer, head, 2, "singular").vector
         assert torch.allclose((second @ right.T).abs(), torch.eye(8).double()[1], atol=1e-8)
 
 
@@ -156,7 +157,7 @@ def test_whole_words():
 
 def test_groups_are_the_ends_of_the_projection(heads, tokens):
     words = whole_words(tokens, tokens.encode(TEXT), 2)
-    d = heads.direction(1, 1)
+    d = heads.direction(2, 2)
     table = token_groups([d], words, 4)
     U = value_inputs(heads.model, words["id"].to_numpy())[1]
     p = pd.Series(((U - U.mean(0)) @ d.vector).detach().numpy(), index=words.index)
@@ -164,6 +165,9 @@ def test_groups_are_the_ends_of_the_projection(heads, tokens):
     assert table.words[1] == list(p.nsmallest(4).index)
     scaled = (p / p.std(ddof=0)).nlargest(4)
     np.testing.assert_allclose(table.projections[0], scaled, atol=1e-3)
+    scores = token_scores([d, heads.direction(1, 1)], words)
+    assert list(scores.columns) == [d.label, "layer 1, head 1, value-AGOP eigenvector 1"]
+    np.testing.assert_allclose(scores[d.label], p / p.std(ddof=0), atol=1e-6)
     for size in (1, len(words)):
         with pytest.raises(ValueError, match=f"size={size}"):
             token_groups([d], words, size)
@@ -177,17 +181,20 @@ def test_tables_of_groups(heads, tokens):
         "kind", "layer", "head", "direction", "share", "spread", "end", "words", "projections"
     ]
     axes = torch.eye(12, dtype=torch.float64)
-    whole = [Direction(heads, 0, 0, i, v) for i, v in enumerate(axes)]
+    whole = [Direction(heads, 1, 1, i, v) for i, v in enumerate(axes, 1)]
     assert abs(token_groups(whole, words, 2).spread.mean() - 1) < 1e-6
     known = value_inputs(heads.model, words["id"].to_numpy())
     known[:, 0] = torch.nan
     groups = token_groups(heads.directions(2), words, 3, reads=known)
     assert words.index[0] not in sum(groups.words, [])
+    scores = token_scores(heads.directions(2), words, reads=known)
+    assert scores.iloc[0].isna().all() and scores.iloc[1:].notna().all(axis=None)
+    np.testing.assert_allclose(scores.iloc[1:].std(ddof=0), 1, atol=1e-6)
 
 
 def test_agreement(heads):
     table = agreement(heads, k=3)
-    columns = ["leading", "shared", "leading_turned", "shared_turned"]
+    columns = ["leading", "shared", "leading_rotated", "shared_rotated"]
     assert len(table) == 4 and table[columns].stack().between(0, 1 + 1e-9).all()
     assert (table.chance == 0.5).all()
     kept = heads.sites[0].moments
@@ -196,7 +203,7 @@ def test_agreement(heads):
         same = agreement(heads, k=3).iloc[0]
     finally:
         heads.sites[0].moments = kept
-    assert min(same.leading, same.shared, same.leading_turned) > 1 - 1e-8
+    assert min(same.leading, same.shared, same.leading_rotated) > 1 - 1e-8
 
 
 @pytest.mark.parametrize("model", [nn.Linear(3, 3), nn.Transformer(8, 2, 1, 1, 8), "gpt2"])
@@ -220,16 +227,16 @@ def test_texts_that_the_model_cannot_read(heads, tokens):
 
 
 def test_directions_that_there_are_not(heads):
-    with pytest.raises(IndexError, match="layer=2: choose one of 0 to 1"):
-        heads.direction(2, 0)
-    with pytest.raises(IndexError, match="head=-1: choose one of 0 to 1"):
-        heads.direction(0, -1)
-    with pytest.raises(IndexError, match="index=6: choose one of 0 to 5"):
-        heads.direction(0, 0, 6)
+    with pytest.raises(IndexError, match="layer=3: choose one of 1 to 2"):
+        heads.direction(3, 1)
+    with pytest.raises(IndexError, match="head=0: choose one of 1 to 2"):
+        heads.direction(1, 0)
+    with pytest.raises(IndexError, match="index=7: choose one of 1 to 6"):
+        heads.direction(1, 1, 7)
     with pytest.raises(IndexError, match="index=True"):
-        heads.direction(0, 0, True)
+        heads.direction(1, 1, True)
     with pytest.raises(ValueError, match="kind='best': choose"):
-        heads.direction(0, 0, 0, "best")
+        heads.direction(1, 1, 1, "best")
     with pytest.raises(ValueError, match="k=7: a head of this model has 6"):
         heads.directions(7)
 
@@ -244,10 +251,10 @@ def test_gpt_neo_as_the_papers_model(tokens):
     )
     model = library.GPTNeoForCausalLM(config).eval()
     heads = ValueHeads(model, tokens, tokens.encode(TEXT)[:64].reshape(-1, 8), **ROUGH)
-    assert list(heads.table.layer) == [0, 0, 1, 1] and list(heads.table["head"]) == [0, 1, 0, 1]
+    assert list(heads.table.layer) == [1, 1, 2, 2] and list(heads.table["head"]) == [1, 2, 1, 2]
     value = model.transformer.h[0].attn.attention.v_proj
     assert torch.allclose(heads.sites[1].W, value.weight.double()[6:])
-    assert len(colour("the cat", heads.direction(1, 1), in_place=True).pieces) == 2
+    assert len(colour("the cat", heads.direction(2, 2), in_place=True).pieces) == 2
 
 
 @pytest.fixture
@@ -277,15 +284,15 @@ def test_values_of_bigcode_are_not_its_keys(bigcode, shared, starts):
     "Multi-query: 12 query rows, one key, one value; else query, key, value of each head in turn."
     model, ids = bigcode(shared), torch.randint(9, (2, 4))
     heads = ValueHeads(model, None, ids, probes=None, progress=False)
-    places = [(layer, head) for layer in range(2) for head in range(len(starts))]
+    places = [(layer + 1, head + 1) for layer in range(2) for head in range(len(starts))]
     assert list(zip(heads.table.layer, heads.table["head"])) == places
     for site, layer in zip(heads.sites, heads.table.layer):
-        read, rows = model.transformer.h[layer].attn.c_attn, torch.arange(4) + starts[site.head]
+        read, rows = model.transformer.h[layer - 1].attn.c_attn, torch.arange(4) + starts[site.head]
         assert torch.equal(site.W, read.weight.detach()[rows])
         assert close(site.agop(), brute_force(model, ids, read, rows))
-    assert heads.direction(1, len(starts) - 1).head == len(starts) - 1
-    with pytest.raises(IndexError, match=f"head={len(starts)}"):
-        heads.direction(0, len(starts))
+    assert heads.direction(2, len(starts)).head == len(starts)
+    with pytest.raises(IndexError, match=f"head={len(starts) + 1}"):
+        heads.direction(1, len(starts) + 1)
 
 
 @pytest.mark.parametrize("shared, starts", [SHARED, OWN])
@@ -329,5 +336,5 @@ def test_models_by_name_or_folder(tmp_path):
     assert {"cat", "dog"} <= set(words.index)
     assert len(token_groups(heads.directions(2), words, 3)) == 8
     line = "the cat sat near the old barn"
-    shown = colour(line, heads.direction(0, 1), in_place=True)
+    shown = colour(line, heads.direction(1, 2), in_place=True)
     assert "".join(shown.pieces) == line and not model.training

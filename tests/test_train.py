@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
 import agop_book
-from agop_book.book.mlps import MLP
+from agop_book.book.perceptrons import MLP
 from agop_book.book.train import Checkpoints, trained
 
 X = np.random.RandomState(0).randn(200, 8).astype(np.float32)

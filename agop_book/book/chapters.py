@@ -133,6 +133,14 @@ class Chapter:
         return _first(self.notebook.cells, "> ")
 
     @property
+    def facts(self):
+        "What the line `**Name:** fact · ...` of a lesson says about it, by name."
+        text = "\n".join(cell.source for cell in self.notebook.cells[:2])
+        line = next((x for x in text.splitlines() if x.startswith("**Before this:**")), "")
+        pairs = (part.partition(":** ") for part in line.split(" · "))
+        return {name.removeprefix("**"): fact for name, _, fact in pairs if fact}
+
+    @property
     def is_lesson(self):
         "Whether it is run with the book; notebooks in folders explain the engine."
         return "/" not in self.name
@@ -178,18 +186,28 @@ def chapters(
     return [Chapter.read(folder, name, order[name]) for name in names]
 
 # %% ../../nbs/book/chapters.ipynb #837d5b76
+def _line(chapter):
+    "A chapter's line in the map."
+    facts = chapter.facts
+    line = f"- [{chapter.title}]({chapter.name}.ipynb): {chapter.subtitle.rstrip('.')}."
+    if "Reading time" in facts:
+        line += f" *{facts['Reading time']} to read; {facts['Running time']}.*"
+    if before := facts.get("Before this"):
+        line += f" Before it: {before}."
+    return line
+
+
 def book_map(
     folder=None,   # as in `chapters`
 ):                 # IPython's Markdown, which a notebook shows
-    "The chapters by part, each with its link and its subtitle."
-    lines, part = [], ""
+    "The lessons by part: link, subtitle, time to read and to run, and what comes before."
+    lines, part = [], None
     for chapter in chapters(folder):
-        if chapter.name == "index": continue
-        if chapter.part != part or not lines:
+        if chapter.name == "index" or not chapter.is_lesson: continue
+        if chapter.part != part:
             part = chapter.part
-            lines += ["", f"| {part} | |", "|---|---|"]
-        title, subtitle = (t.replace("|", "\\|") for t in (chapter.title, chapter.subtitle))
-        lines.append(f"| [{title}]({chapter.name}.ipynb) | {subtitle.rstrip('.')} |")
+            lines += ["", f"**{part}**", ""]
+        lines.append(_line(chapter))
     return Markdown("\n".join(lines[1:]))
 
 # %% ../../nbs/book/chapters.ipynb #5cb1e388

@@ -55,7 +55,7 @@ class _Numbers(string.Formatter):
 
 
 def filled(
-    claim: Claim,
+    claim: Claim,   # whose `test` and `why` may hold names in braces
     folder=None,    # with the records; None: those stored with the book
 ) -> Claim:
     "The claim with numbers in the place of their names. UsageError for a name without a number."
@@ -84,11 +84,17 @@ def claims(
     return [filled(claim, folder / "records") for claim in found]
 
 # %% ../../nbs/book/claims.ipynb #9c067afe
-_BLOCK = """**Claim.** {claim}
+_BLOCK = """- **Claim.** {claim}
 
-**Our test.** {test}
+  **Our test.** {test}
 
-**Verdict: {verdict}.**{why}"""
+  **Verdict: {verdict}.**{why}"""
+_WHY = {
+    "agrees": "What limits it.",
+    "weaker": "Why they differ.",
+    "differs": "Why they differ.",
+    "not tested": "Why not.",
+}
 
 
 def verdicts(
@@ -97,9 +103,10 @@ def verdicts(
     "What the paper claims, our test, the verdict and why they differ, for one chapter."
     blocks = []
     for claim in claims(chapter):
-        why = claim.why and f" {claim.why}"
-        blocks.append(_BLOCK.format(**{**asdict(claim), "why": why}))
-    return Markdown("\n\n---\n\n".join(blocks))
+        words = {k: re.sub(r"\s+", " ", v).strip() for k, v in asdict(claim).items()}
+        why = words["why"] and f" **{_WHY[claim.verdict]}** {words['why']}"
+        blocks.append(_BLOCK.format(**words | {"why": why}))
+    return Markdown("\n\n".join(blocks))
 
 # %% ../../nbs/book/claims.ipynb #06eaf205
 def claims_table(

@@ -54,6 +54,7 @@ class Case(NamedTuple):
     model: nn.Module      # in eval mode
     train: torch.Tensor   # images that the AGOP averages over
     images: torch.Tensor  # images to look at, which neither the AGOP nor a new head has seen
+    truth: torch.Tensor   # the numbers of their classes
     classes: list         # their names
     layers: list          # names of the first and of the last convolution
     last: nn.Module       # where Grad-CAM looks
@@ -74,7 +75,8 @@ def animal_or_not(net,             # a `Network`: SqueezeNet's convolutions
     model = nn.Sequential(OrderedDict(**parts, head=_two_classes(fit).to(device()))).eval()
     layers = ["features.0", "features.12.expand3x3"]
     classes = ["not animal", "animal"]
-    case = Case(model, x[::2], x[1::2], classes, layers, net.model.features, photos.label)
+    truth = torch.from_numpy(held)
+    case = Case(model, x[::2], x[1::2], truth, classes, layers, net.model.features, photos.label)
     return case, right
 
 
@@ -99,7 +101,8 @@ def ten_classes(name: str,   # "resnet20", ... or one of `SMALL_VGGS`
     deep = net.model.relu32 if vgg else net.model.layer3
     layers = ["conv11", "conv32"] if vgg else ["conv1", f"layer3.{len(deep) - 1}.conv2"]
     x, y = torch.from_numpy(train.x), torch.from_numpy(test.x)
-    return Case(net.model, x, y, test.classes, layers, deep, net.label)
+    truth = torch.from_numpy(test.y)
+    return Case(net.model, x, y, truth, test.classes, layers, deep, net.label)
 
 
 def _outputs(model, x, batch):
@@ -167,16 +170,20 @@ def draw_beside(case: Case,        # the network and its images
                 result: Compared,  # what `compare` found
                 which              # numbers of the images to draw
                 ):                 # matplotlib Figure
-    "Images, seen through the first and the last operator, and Grad-CAM for both classes."
-    fig, axes = plt.subplots(len(which), 5, figsize=(8.5, 1.72 * len(which)))
+    "Images, seen through the first and the last operator, and Grad-CAM; wrong answers are marked."
+    size = (9.5, 2.1 * len(which))
+    fig, axes = plt.subplots(len(which), 5, figsize=size, layout="constrained", squeeze=False)
     for row, i in zip(axes, which):
-        photo = as_photos(case.images[i])[0]
+        photo, truth = as_photos(case.images[i])[0], case.classes[case.truth[i]]
         row[0].imshow(photo.permute(1, 2, 0))
         row[0].set_axis_off()
         for ax, seen in zip(row[1:], result.maps.values()):
             overlay(ax, photo, seen[i])
-        for ax, names in zip(row[3:], (result.named, result.other)):
-            ax.set_title(f"Grad-CAM: {names[i]}", fontsize=8)
-    for ax, name in zip(axes[0][1:3], case.layers):
-        ax.set_title(f"operator of {name}", fontsize=8)
+        wrong = result.named[i] != truth
+        named = f"Grad-CAM, answer:\n{result.named[i]}{' (wrong)' if wrong else ''}"
+        row[0].set_title(truth, fontsize=9)
+        row[3].set_title(named, fontsize=9, color="C1" if wrong else "black")
+        row[4].set_title(f"Grad-CAM, other class:\n{result.other[i]}", fontsize=9)
+    for ax, what in zip(axes[0][1:3], ("first", "last")):
+        ax.set_title(f"operator of the\n{what} layer", fontsize=9)
     return fig

@@ -20,7 +20,7 @@ from ..arrays import check_count
 from .run import pick
 from .load import load
 from .lowrank import low_rank
-from .mlps import MLP
+from .perceptrons import MLP
 from .train import trained
 from ..devices import device
 from ..hub import load_transformers

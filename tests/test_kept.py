@@ -40,7 +40,7 @@ def test_anew_and_laplace_are_the_benchmark(sized):
 def test_kept_is_a_fit_with_the_matrix_of_the_half(sized):
     choice = choose_metric(sized, sized.train, sized.validation, FEW)
     params = choice.rfm
-    assert params["rounds"] > 0 
+    assert params["rounds"] > 0
     plain = dict(bandwidth=10.0, reg=params["reg"], metric="full", center=False, device="cpu")
     x = sized.x
     if params["unit_rows"]:

@@ -6,7 +6,7 @@
 __all__ = ['ARM_NAMES', 'benchmark_rows', 'study_rows', 'data_label', 'task_gains', 'counts', 'on_both_sides', 'group_gains',
            'draw_gains', 'draw_groups', 'draw_protocols']
 
-# %% ../../nbs/book/gains.ipynb #f336287b
+# %% ../../nbs/book/gains.ipynb #0c2713e1
 from dataclasses import replace
 
 import numpy as np
@@ -21,7 +21,7 @@ from .results import stored_results
 from .run import out_dir, pick
 from .tasks import BUNDLED, split_task
 
-# %% ../../nbs/book/gains.ipynb #12973451
+# %% ../../nbs/book/gains.ipynb #cfa68e53
 def _bundled():
     "Four tables that come with scikit-learn; of the digits a part."
     digits = load("digits", n=240)
@@ -85,7 +85,7 @@ def data_label(
     if n <= 4: return "tables that come with scikit-learn"
     return f"{n} of the 121 UCI tasks (four of them partly rebuilt from other sources)"
 
-# %% ../../nbs/book/gains.ipynb #60c328fa
+# %% ../../nbs/book/gains.ipynb #b3e4c38a
 ARM_NAMES = {
     "M kept": ("given", "M kept"),
     "M learned anew": ("given", "M anew"),
@@ -145,7 +145,7 @@ def group_gains(
             found[protocol, group] = {"mean": gains[group].mean(), "error": gains[group].sem()}
     return pd.DataFrame(found).T
 
-# %% ../../nbs/book/gains.ipynb #86df77ce
+# %% ../../nbs/book/gains.ipynb #4cfb6118
 _MARKS = {"won": ("C0", "^"), "equal": ("0.6", "o"), "lost": ("C1", "v")}
 
 

@@ -6,7 +6,7 @@
 __all__ = ['ARMS', 'PLACES', 'Choice', 'choose_metric', 'fold_predictions', 'halves', 'compare_arms', 'study', 'save_study',
            'stored_study', 'main']
 
-# %% ../../nbs/book/kept.ipynb #34cf1d9a
+# %% ../../nbs/book/kept.ipynb #13f7a129
 import argparse
 import json
 import time
@@ -26,7 +26,7 @@ from .uci import tasks as found_tasks
 from ..files import check_writable, write_atomic
 from ..terminal import steady_output
 
-# %% ../../nbs/book/kept.ipynb #32e5845c
+# %% ../../nbs/book/kept.ipynb #ba42bda4
 @dataclass(frozen=True)
 class Choice:
     "What the validation rows chose."
@@ -47,7 +47,7 @@ def choose_metric(
     plain = best_candidate([pair for pair in scored if pair[0]["rounds"] == 0])
     return Choice(plain, rfm, model.metric(task.x[train], task.y[train], rfm))
 
-# %% ../../nbs/book/kept.ipynb #577cb8fd
+# %% ../../nbs/book/kept.ipynb #42538a8d
 ARMS = ("Laplace", "M anew", "M kept")
 
 
@@ -68,7 +68,7 @@ def fold_predictions(
     kept = predicted(choice.rfm | {"rounds": 0}, choice.M)
     return dict(zip(ARMS, (plain, predicted(choice.rfm), kept)))
 
-# %% ../../nbs/book/kept.ipynb #34901cb8
+# %% ../../nbs/book/kept.ipynb #77fabba7
 PLACES = ("given", "inside")
 
 
@@ -100,7 +100,7 @@ def _right(choices, task, model):
         found = fold_predictions(model, choice, part)
         yield test, {arm: found[arm] == y[test] for arm in ARMS}
 
-# %% ../../nbs/book/kept.ipynb #9648be92
+# %% ../../nbs/book/kept.ipynb #6d8b51e4
 def compare_arms(
     task,                 # a name or a `Task`
     place: str,           # one of `PLACES`
@@ -142,7 +142,7 @@ def _parameters(choices, arm):
     found = [choice.laplace if arm == "Laplace" else choice.rfm for choice in choices]
     return found[:1] if all(params == found[0] for params in found) else found
 
-# %% ../../nbs/book/kept.ipynb #a9c6063e
+# %% ../../nbs/book/kept.ipynb #a604f71a
 def _sizes():
     "Rows of every task of the 121 on this machine, the smallest first."
     sizes = {name: len(rows_and_folds(get_task(name))[0]) for name in found_tasks()}
@@ -184,16 +184,17 @@ def stored_study():
     rows = pd.read_csv(path)
     return rows.assign(**{name: rows[name].map(json.loads) for name in ("folds", "chosen")})
 
-# %% ../../nbs/book/kept.ipynb #3873106c
+# %% ../../nbs/book/kept.ipynb #d4929731
 def main(
     argv=None,    # words of the command; None: those of the process
 ) -> int:
     "The command `python -m agop_book.book.kept`."
     parser = argparse.ArgumentParser(prog="python -m agop_book.book.kept", description=(
         "Compare an RFM that keeps its matrix with one that learns it anew, on the 121 tasks."))
-    parser.add_argument("tasks", nargs="*", metavar="TASK", help="names; none: all")
-    parser.add_argument("--out", required=True, metavar="FILE.jsonl", help="keep finished rows here")
-    parser.add_argument("--csv", metavar="FILE.csv", help="write the table here at the end")
+    add = parser.add_argument
+    add("tasks", nargs="*", metavar="TASK", help="names; none: all")
+    add("--out", required=True, metavar="FILE.jsonl", help="keep finished rows here")
+    add("--csv", metavar="FILE.csv", help="write the table here at the end")
     with steady_output():
         args = parser.parse_args(argv)
         rows = study(args.out, args.tasks)

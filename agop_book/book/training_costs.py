@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['training_cost', 'timed_tasks', 'draw_training_costs']
 
-# %% ../../nbs/book/training_costs.ipynb #41695564
+# %% ../../nbs/book/training_costs.ipynb #69c1f46a
 import time
 
 import numpy as np
@@ -18,7 +18,7 @@ from .run import pick
 from .tasks import get_task, rows_and_folds
 from .uci import tasks as found_tasks
 
-# %% ../../nbs/book/training_costs.ipynb #517f2bac
+# %% ../../nbs/book/training_costs.ipynb #f551b79c
 def _timed_mlp(t, part, y_test, goal, max_epochs):
     "Seconds, epochs and best accuracy of an MLP until it reaches a goal."
     X, y, _, X_test = part
@@ -53,19 +53,20 @@ def training_cost(
     return {"n": len(train), "rounds": params["rounds"], "accuracy": goal,
             "rfm_seconds": seconds, **mlp}
 
-# %% ../../nbs/book/training_costs.ipynb #21282848
+# %% ../../nbs/book/training_costs.ipynb #c916198d
 _TIMED = ("statlog-vehicle", "energy-y1", "contrac", "cardiotocography-10clases", "statlog-image",
           "abalone", "waveform")
 
 
 def timed_tasks() -> list:
     "Arguments of `training_cost`, one dict a task."
-    here = [name for name in _TIMED if name in found_tasks()] if pick(quick=False, book=True) else []
+    known = pick(quick=dict, book=found_tasks)()
+    here = [name for name in _TIMED if name in known]
     epochs = pick(quick=40, book=300)
     return [{"task": name, "max_epochs": epochs}
             for name in here or ("sklearn/iris", "sklearn/breast_cancer")]
 
-# %% ../../nbs/book/training_costs.ipynb #503ba135
+# %% ../../nbs/book/training_costs.ipynb #8974ea46
 def draw_training_costs(
     costs: pd.DataFrame,   # rows of `training_cost`
     ax,                    # matplotlib Axes

@@ -125,7 +125,8 @@ def evaluate(
 ) -> dict:
     """Test scores on every fold, their mean `accuracy`, what was `chosen`, and what it cost.
 
-    A large task that is named takes part with `fewer_rows`. `seconds` are those of the clock, `cpu` those of the processor."""
+    A large task that is named takes part with `fewer_rows`. `seconds` are those of the clock,
+    `cpu` those of the processor."""
     check_protocol(protocol)
     task = fewer_rows(get_task(task)) if isinstance(task, str) else task
     start, cpu = time.perf_counter(), time.process_time()

@@ -12,7 +12,6 @@ from io import BytesIO
 from ..extras import extra
 
 with extra("book"):
-    import matplotlib.pyplot as plt
     from IPython.display import Image, display
     from PIL import Image as Picture
 
@@ -58,6 +57,8 @@ def show(
     alt: str,   # what it shows, in a sentence, for those who cannot see it
 ) -> None:
     "Display a figure with an alternative text, and close it, so that it is shown once."
+    import matplotlib.pyplot as plt      # here, as the command line reads records and draws nothing
+
     fig = getattr(fig, "figure", None) or fig
     data, format = smaller(fig)
     plt.close(fig)

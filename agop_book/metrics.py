@@ -87,7 +87,7 @@ def _check_shared(M, d, x):
 def _check_definite(M):
     "ValueError unless `M` is symmetric and positive semi-definite, up to rounding."
     scale = M.abs().max()
-    rounding = scale * len(M) * torch.finfo(M.dtype).eps * 10
+    rounding = scale * len(M) * torch.finfo(M.dtype).eps * 100
     if M.ndim == 2 and (M - M.T).abs().max() > 1e-5 * scale:
         raise ValueError("M is not symmetric; pass (M + M.T) / 2 if the difference is only "
                          "rounding.")

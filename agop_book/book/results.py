@@ -80,7 +80,7 @@ def _parsed(path, column, value):
 
 
 def stored_results():
-    "The book's own run over the tasks of up to 12,000 rows, or None where it is not there."
+    "The book's own run, or None where it is not there."
     path = notebooks() / "results" / "tabular-120.csv"
     return read_results(path) if path.is_file() else None
 

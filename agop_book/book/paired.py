@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['signed_rank_test', 'holm']
 
-# %% ../../nbs/04_tabular.ipynb #b95bf58e
+# %% ../../nbs/04_tabular.ipynb #eba2f39d
 import numpy as np
 from scipy import stats
 
-# %% ../../nbs/04_tabular.ipynb #675a0249
+# %% ../../nbs/04_tabular.ipynb #f5f25c0c
 def signed_rank_test(
     gains,                 # (N,) differences of two learners, one a task
     n_flips: int = 20_000, # draws of the signs
@@ -22,7 +22,7 @@ def signed_rank_test(
     signs = np.random.default_rng(random_state).choice([-1, 1], (n_flips, len(gains)))
     return found, float(np.mean(abs(signs @ ranks) >= abs(found)))
 
-# %% ../../nbs/04_tabular.ipynb #7542b210
+# %% ../../nbs/04_tabular.ipynb #a2eb69ad
 def holm(
     p,   # (m,) p-values of m questions
 ) -> np.ndarray:

@@ -118,7 +118,7 @@ def test_every_claim_is_one_of_a_lesson_and_has_its_numbers():
     assert len({c.id for c in found}) == len(found)
     for claim in found:
         assert not claim.figure or read_record(NBS / "records" / f"{claim.figure}.json")
-        assert claim.why or claim.verdict == "agrees", claim.id
+        assert claim.why or claim.verdict in ("agrees", "not tested"), claim.id
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -119,7 +119,8 @@ def draw_growth(table: pd.DataFrame,   # of `growth_table`
         for column, (label, colour, line) in _SERIES.items():
             runs = part.groupby(["seed", "step"])[column].mean().unstack(0)
             ax.plot(runs.mean(axis=1), line, color=colour, lw=2, label=label)
-            ax.fill_between(runs.index, runs.min(axis=1), runs.max(axis=1), color=colour, alpha=0.2, lw=0)
+            low, high = runs.min(axis=1), runs.max(axis=1)
+            ax.fill_between(runs.index, low, high, color=colour, alpha=0.2, lw=0)
         ax.set_title(kind)
         ax.set(xscale="symlog", xlim=(0, table.step.max()), ylim=(min(0, part.pearson.min()), 1))
     for ax in axes[1]:

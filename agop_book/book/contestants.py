@@ -14,95 +14,144 @@ import numpy as np
 import torch
 from torch import nn
 
-from .language import Language, shakespeare_gpt2, tinystories_gpt2
+from agop_book.book.language import (
+    Language,
+    shakespeare_gpt2,
+    tinystories_gpt2,
+)
 from .load import load
 from .models import image_vit
 from .run import pick
 from ..hub import load_transformers, minilm_folder, pretrained
 
 # %% ../../nbs/book/contestants.ipynb #2e39b856
-def quiet(read        # function without arguments that trains or reads a network
-          ) -> tuple: # what it returns
+def quiet(
+    read,  # function without arguments that trains or reads a network
+) -> tuple:  # what it returns
     "Without the warnings of libraries that say nothing about the result."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return read()
 
 
-def language_contestant(language: Language,  # a trained model
-                        n: int,              # held-out windows
-                        probes: int,         # of `nfa`
-                        unit: str = ".1f"    # format of the perplexity
-                        ) -> dict:           # arguments of `nfa`, and `reached`
+def language_contestant(
+    language: Language,  # a trained model
+    n: int,  # held-out windows
+    probes: int,  # of `nfa`
+    unit: str = ".1f",  # format of the perplexity
+) -> dict:  # arguments of `nfa`, and `reached`
     "A language model on held-out text."
-    return dict(model=language.model, initial=language.initial, probes=probes,
-                data=language.contexts(n), reached=f"perplexity {language.perplexity():{unit}}")
+    return dict(
+        model=language.model,
+        initial=language.initial,
+        probes=probes,
+        data=language.contexts(n),
+        reached=f"perplexity {language.perplexity():{unit}}",
+    )
 
 # %% ../../nbs/book/contestants.ipynb #5a3a24d4
 @torch.no_grad()
-def image_accuracy(model: nn.Module,  # images (n, c, h, w) to an output with `.logits`
-                   data               # a `Dataset` of images
-                   ) -> float:
+def image_accuracy(
+    model: nn.Module,  # images (n, c, h, w) to an output with `.logits`
+    data,  # a `Dataset` of images
+) -> float:
     "Share of images whose class has the largest logit."
-    parts = zip(torch.from_numpy(data.x).split(500), torch.from_numpy(data.y).split(500))
-    right = [(model(x).logits.argmax(1) == y).float().mean() for x, y in parts]
+    parts = zip(
+        torch.from_numpy(data.x).split(500),
+        torch.from_numpy(data.y).split(500),
+    )
+    right = [
+        (model(x).logits.argmax(1) == y).float().mean() for x, y in parts
+    ]
     return float(np.mean(right))
 
 
-def vit_contestant(n: int       # test images
-                   ) -> tuple:  # name, and arguments of `nfa` with `reached`
+def vit_contestant(
+    n: int,  # test images
+) -> tuple:  # name, and arguments of `nfa` with `reached`
     "The ViT that was trained on digits."
     seen, digits = quiet(image_vit)
     reached = image_accuracy(seen.module.cpu(), digits)
     return f"ViT, {digits.label}", dict(
-        model=seen.module, initial=seen.initial.cpu(), data=torch.from_numpy(digits.x[:n]),
-        reached=f"accuracy {reached:.3f}")
+        model=seen.module,
+        initial=seen.initial.cpu(),
+        data=torch.from_numpy(digits.x[:n]),
+        reached=f"accuracy {reached:.3f}",
+    )
 
 # %% ../../nbs/book/contestants.ipynb #770bebbb
-def sentences(n: int      # how many
-              ) -> list:  # of str
+def sentences(
+    n: int,  # how many
+) -> list:  # of str
     "Sentences of held-out stories (offline: of Python's help texts)."
     text = load("tinystories", "help_topics", split="test").text
-    return [s.strip() for s in re.split(r"(?<=[.!?])\s+", text) if 20 < len(s) < 120][:n]
+    return [
+        s.strip()
+        for s in re.split(r"(?<=[.!?])\s+", text)
+        if 20 < len(s) < 120
+    ][:n]
 
 
-def mean_pooled(output,        # of the encoder
-                batch: dict    # with the attention_mask
-                ):             # (n, d)
+def mean_pooled(
+    output,  # of the encoder
+    batch: dict,  # with the attention_mask
+):  # (n, d)
     "The sentence embedding: the mean over the real tokens."
     mask = batch["attention_mask"][..., None]
     return (output.last_hidden_state * mask).sum(1) / mask.sum(1)
 
 
-def minilm_contestant(n: int,       # sentences
-                      probes: int   # of `nfa`
-                      ) -> dict:    # arguments of `nfa`, and `reached`; None without the package
+def minilm_contestant(
+    n: int,  # sentences
+    probes: int,  # of `nfa`
+) -> dict:  # arguments of `nfa`, and `reached`; None without the package
     "MiniLM on sentences of held-out stories."
     folder = minilm_folder()
-    if folder is None: return None
+    if folder is None:
+        return None
     library = load_transformers()
     library.logging.disable_progress_bar()
     reader = library.AutoTokenizer.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False)
+        folder, local_files_only=True, trust_remote_code=False
+    )
     encoder = pretrained(folder)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         fresh = type(encoder)(encoder.config).eval()
     batch = dict(reader(sentences(n), padding=True, return_tensors="pt"))
     # its pooler has a weight that the mean over the tokens does not use
-    return dict(model=encoder, initial=fresh, data=batch, probes=probes, output=mean_pooled,
-                only="^encoder", reached="as published")
+    return dict(
+        model=encoder,
+        initial=fresh,
+        data=batch,
+        probes=probes,
+        output=mean_pooled,
+        only="^encoder",
+        reached="as published",
+    )
 
 # %% ../../nbs/book/contestants.ipynb #27948f05
-def transformer_contestants(n: int,       # windows, sentences
-                            probes: int   # of `nfa`
-                            ) -> dict:    # names to arguments of `nfa`, with `reached`
+def transformer_contestants(
+    n: int,  # windows, sentences
+    probes: int,  # of `nfa`
+) -> dict:  # names to arguments of `nfa`, with `reached`
     "The transformers of the book, and MiniLM where its package is installed."
     play, stories = quiet(shakespeare_gpt2), quiet(tinystories_gpt2)
     name, vit = vit_contestant(pick(quick=16, book=256))
-    found = {f"GPT-2, {_short(play)}": language_contestant(play, n, probes, ".2f"),
-             f"GPT-2, {_short(stories)}": language_contestant(stories, n, probes), name: vit}
-    encoder = minilm_contestant(n, probes) if pick(quick=False, book=True) else None
+    found = {
+        f"GPT-2, {_short(play)}": language_contestant(
+            play, n, probes, ".2f"
+        ),
+        f"GPT-2, {_short(stories)}": language_contestant(
+            stories, n, probes
+        ),
+        name: vit,
+    }
+    encoder = (
+        minilm_contestant(n, probes)
+        if pick(quick=False, book=True)
+        else None
+    )
     return found | ({"MiniLM, sentences": encoder} if encoder else {})
 
 

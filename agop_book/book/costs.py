@@ -42,13 +42,18 @@ class PeakMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **(kwargs or {}))
-        leaves = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        leaves = [
+            t for t in tree_leaves(out) if isinstance(t, torch.Tensor)
+        ]
         for storage in (t.untyped_storage() for t in leaves):
-            if storage._cdata in self.alive: continue
+            if storage._cdata in self.alive:
+                continue
             self.alive.add(storage._cdata)
             self.now += storage.nbytes()
             self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+            weakref.finalize(
+                storage, self._free, storage._cdata, storage.nbytes()
+            )
         return out
 
 # %% ../../nbs/book/costs.ipynb #182c9820
@@ -73,7 +78,9 @@ def _calls(n, d, c, p, w, k):
         return np.tanh(x @ W1.numpy()) @ W2.numpy()
 
     return {
-        "closed form": lambda: agop(KernelMachine(Laplace(10.0), normal(p, d), normal(p, c)), x),
+        "closed form": lambda: agop(
+            KernelMachine(Laplace(10.0), normal(p, d), normal(p, c)), x
+        ),
         "pull-backs": lambda: agop(f, x),
         "probes": lambda: agop(f, x, probes=k, random_state=0),
         "differences": lambda: agop(opaque, x.numpy(), step=0.01),
@@ -81,12 +88,12 @@ def _calls(n, d, c, p, w, k):
 
 
 def operations(
-    n,   # samples
-    d,   # features
-    c,   # outputs
-    p,   # centres
-    w,   # hidden units
-    k,   # probes
+    n,  # samples
+    d,  # features
+    c,  # outputs
+    p,  # centres
+    w,  # hidden units
+    k,  # probes
 ) -> dict:
     "Operations that cannot be avoided, by each way: gradients and outer products."
     forward = 2 * n * w * (d + c)
@@ -111,13 +118,13 @@ def _speed():
 
 
 def agop_cost(
-    way,       # one of `WAYS`
-    **sizes,   # of `operations`
+    way,  # one of `WAYS`
+    **sizes,  # of `operations`
 ) -> dict:
     "One AGOP of random data: best `time` of two and `floor` in seconds, peak `memory` in MiB."
     call = _calls(**sizes)[way]
     with PeakMemory():
-        call()                   # what a first call alone imports and allocates is not counted
+        call()  # what a first call alone imports and allocates is not counted
     tracemalloc.start()
     with PeakMemory() as memory:
         call()
@@ -148,29 +155,38 @@ def cost_study() -> pd.DataFrame:
     "`agop_cost` of all ways along samples, features and outputs."
     base = middle_sizes()
     span = pick(quick=[0.25, 1, 4], book=[0.25, 0.5, 1, 2, 4])
-    spans = {"n": span, "d": span, "c": pick(quick=[0.25, 1, 4, 16], book=[0.25, 1, 4, 16, 32])}
+    spans = {
+        "n": span,
+        "d": span,
+        "c": pick(quick=[0.25, 1, 4, 16], book=[0.25, 1, 4, 16, 32]),
+    }
     grid = [
         {**base, axis: int(base[axis] * step), "way": way}
         for axis, steps in spans.items()
         for step in steps
         for way in WAYS
     ]
-    grid = [dict(row) for row in dict.fromkeys(tuple(sorted(row.items())) for row in grid)]
+    grid = [
+        dict(row)
+        for row in dict.fromkeys(tuple(sorted(row.items())) for row in grid)
+    ]
     return sweep("complexity", agop_cost, grid)
 
 # %% ../../nbs/book/costs.ipynb #cea01253
 def along(
-    costs: pd.DataFrame,   # of `cost_study`
-    axis,                  # "n", "d" or "c"; None: the middle alone
+    costs: pd.DataFrame,  # of `cost_study`
+    axis,  # "n", "d" or "c"; None: the middle alone
 ) -> pd.DataFrame:
     "The costs where no other size differs from the middle."
     base = middle_sizes()
     others = [name for name in "ndc" if name != axis]
-    return costs[(costs[others] == [base[name] for name in others]).all(axis=1)]
+    return costs[
+        (costs[others] == [base[name] for name in others]).all(axis=1)
+    ]
 
 
 def cost_table(
-    costs: pd.DataFrame,   # of `cost_study`
+    costs: pd.DataFrame,  # of `cost_study`
 ) -> pd.DataFrame:
     "One row per way, at the middle: seconds, times the floor, MiB."
     middle = along(costs, None).set_index("way").loc[list(WAYS)]
@@ -187,8 +203,12 @@ def _draw_axis(above, below, part, axis):
     "Time and memory of all ways along one size."
     for i, way in enumerate(WAYS):
         rows = part.query("way == @way").sort_values(axis)
-        above.loglog(rows[axis], rows["time"], "o-", label=way, color=f"C{i}")
-        above.loglog(rows[axis], rows["floor"], "--", color=f"C{i}", linewidth=1)
+        above.loglog(
+            rows[axis], rows["time"], "o-", label=way, color=f"C{i}"
+        )
+        above.loglog(
+            rows[axis], rows["floor"], "--", color=f"C{i}", linewidth=1
+        )
         below.loglog(rows[axis], rows["memory"], "o-", color=f"C{i}")
     marks = sorted(part[axis].unique())
     for ax in (above, below):
@@ -197,15 +217,21 @@ def _draw_axis(above, below, part, axis):
 
 
 def draw_costs(
-    costs: pd.DataFrame,   # of `cost_study`
-):                         # matplotlib Figure
+    costs: pd.DataFrame,  # of `cost_study`
+):  # matplotlib Figure
     "Seconds above, peak memory below, against samples, features and outputs."
-    fig, axes = plt.subplots(2, 3, figsize=(9.5, 5.4), sharey="row", layout="constrained")
+    fig, axes = plt.subplots(
+        2, 3, figsize=(9.5, 5.4), sharey="row", layout="constrained"
+    )
     labels = {"n": "samples $n$", "d": "features $d$", "c": "outputs $c$"}
     for (above, below), (axis, label) in zip(axes.T, labels.items()):
         _draw_axis(above, below, along(costs, axis), axis)
         below.set_xlabel(label)
     axes[0, 0].set_ylabel("seconds (dashed: floor)")
     axes[1, 0].set_ylabel("peak memory (MiB)")
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    fig.legend(
+        *axes[0, 0].get_legend_handles_labels(),
+        loc="outside upper center",
+        ncols=4,
+    )
     return fig

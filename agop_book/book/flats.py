@@ -16,36 +16,56 @@ with extra("book"):
     import matplotlib.pyplot as plt
 
 # %% ../../nbs/book/flats.ipynb #14e572af
-_PRICE = {"Harbour": 13.5, "North": 9.0, "Old Town": 15.0, "South": 10.5, "West": 11.5}
+_PRICE = {
+    "Harbour": 13.5,
+    "North": 9.0,
+    "Old Town": 15.0,
+    "South": 10.5,
+    "West": 11.5,
+}
 
 
 def fair_rent(
-    flats: pd.DataFrame,   # columns as in `make_flats`, without holes
+    flats: pd.DataFrame,  # columns as in `make_flats`, without holes
 ) -> np.ndarray:
     "The rule: euros a month, without noise."
     price = flats["district"].map(_PRICE).to_numpy(float)
     price = price * (1 - 0.08 * np.log1p(flats["metres_to_centre"] / 500))
-    price = price + 2 * np.exp(-(((flats["built"] - 2023) / 15) ** 2)) + (flats["built"] < 1918)
+    price = (
+        price
+        + 2 * np.exp(-(((flats["built"] - 2023) / 15) ** 2))
+        + (flats["built"] < 1918)
+    )
     price = price - 0.35 * flats["floor"] * ~flats["lift"]
     return flats["area_m2"] * price * (flats["area_m2"] / 70) ** -0.15
 
 
 def make_flats(
-    n,     # how many
-    rng,   # numpy's generator
+    n,  # how many
+    rng,  # numpy's generator
 ) -> pd.DataFrame:
     "A frame of `n` flats without holes."
     built = rng.integers(1890, 2024, n)
-    return pd.DataFrame({
-        "district": rng.choice(list(_PRICE), n, p=[0.1, 0.3, 0.15, 0.25, 0.2]),
-        "heating": rng.choice(["gas", "heat pump", "oil", "town"], n, p=[0.45, 0.1, 0.15, 0.3]),
-        "area_m2": np.exp(rng.normal(4.2, 0.35, n)).round(1),
-        "metres_to_centre": rng.gamma(2, 1500, n).round(-1),
-        "built": built.astype(float),
-        "floor": rng.integers(0, 7, n),
-        "lift": rng.random(n) < np.where(built > 1970, 0.7, 0.25),
-        "energy_kwh": (2083 - built + rng.normal(0, 25, n)).clip(15).round(),
-    })
+    return pd.DataFrame(
+        {
+            "district": rng.choice(
+                list(_PRICE), n, p=[0.1, 0.3, 0.15, 0.25, 0.2]
+            ),
+            "heating": rng.choice(
+                ["gas", "heat pump", "oil", "town"],
+                n,
+                p=[0.45, 0.1, 0.15, 0.3],
+            ),
+            "area_m2": np.exp(rng.normal(4.2, 0.35, n)).round(1),
+            "metres_to_centre": rng.gamma(2, 1500, n).round(-1),
+            "built": built.astype(float),
+            "floor": rng.integers(0, 7, n),
+            "lift": rng.random(n) < np.where(built > 1970, 0.7, 0.25),
+            "energy_kwh": (2083 - built + rng.normal(0, 25, n))
+            .clip(15)
+            .round(),
+        }
+    )
 
 # %% ../../nbs/book/flats.ipynb #6ad42888
 class FairRent(RegressorMixin, BaseEstimator):
@@ -59,8 +79,8 @@ class FairRent(RegressorMixin, BaseEstimator):
 
 # %% ../../nbs/book/flats.ipynb #54dee83e
 def branches(
-    Z,   # (n, at least 4) in [0, 1]
-):       # (n,)
+    Z,  # (n, at least 4) in [0, 1]
+):  # (n,)
     "A tree of four leaves, and a step beside it."
     left = np.where(Z[:, 1] > 0.3, 3.0, 0.0)
     right = np.where(Z[:, 2] > 0.7, -2.0, 1.0)
@@ -68,14 +88,22 @@ def branches(
 
 
 def draw_noise(
-    held_out: pd.Series,   # score at left-out rows by round
-    real: pd.Series,       # importances of the real columns, out of 1
-):                         # matplotlib Figure
+    held_out: pd.Series,  # score at left-out rows by round
+    real: pd.Series,  # importances of the real columns, out of 1
+):  # matplotlib Figure
     "How the score rises with the rounds, and where the importance lies in the end."
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3), width_ratios=[1, 1.4])
+    fig, (left, right) = plt.subplots(
+        1, 2, figsize=(9, 3), width_ratios=[1, 1.4]
+    )
     left.plot(held_out.index, held_out, "o-")
-    left.set(xlabel="round", ylabel="best $R^2$ at left-out rows", xticks=held_out.index)
+    left.set(
+        xlabel="round",
+        ylabel="best $R^2$ at left-out rows",
+        xticks=held_out.index,
+    )
     real = real.sort_values()
-    right.barh(["all columns of noise", *real.index], [1 - real.sum(), *real])
+    right.barh(
+        ["all columns of noise", *real.index], [1 - real.sum(), *real]
+    )
     right.set(xlabel="importance")
     return fig

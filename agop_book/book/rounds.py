@@ -25,28 +25,39 @@ with extra("book"):
 
 # %% ../../nbs/book/rounds.ipynb #bd00ed5e
 def polynomial_r2(
-    task,    # one of `LOW_RANK`
-    model,   # "Laplace kernel", "RFM" or "MLP"
-    n,       # training rows
-    d,       # features
+    task,  # one of `LOW_RANK`
+    model,  # "Laplace kernel", "RFM" or "MLP"
+    n,  # training rows
+    d,  # features
     epochs,  # that the network takes at most
-    seed,    # of the rows and of the network
+    seed,  # of the rows and of the network
 ) -> dict:
     "Test R2 of one learner on one polynomial."
     t = low_rank(task, n=n, d=d, n_test=2000, random_state=seed)
     if model == "MLP":
         learner = MLPRegressor(
-            hidden_layer_sizes=(512,), learning_rate_init=1e-3, max_iter=epochs, tol=1e-6,
+            hidden_layer_sizes=(512,),
+            learning_rate_init=1e-3,
+            max_iter=epochs,
+            tol=1e-6,
             random_state=seed,
         )
     else:
         learner = RFMRegressor(
-            kernel="laplace", bandwidth=10.0, reg=1e-4, metric="full", center=True,
+            kernel="laplace",
+            bandwidth=10.0,
+            reg=1e-4,
+            metric="full",
+            center=True,
             n_iter=5 if model == "RFM" else 0,
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the network may stop at max_iter
-        return {"r2": learner.fit(t.x, t.y[:, 0]).score(t.x_test, t.y_test[:, 0])}
+        return {
+            "r2": learner.fit(t.x, t.y[:, 0]).score(
+                t.x_test, t.y_test[:, 0]
+            )
+        }
 
 
 def polynomial_study() -> pd.DataFrame:
@@ -67,8 +78,8 @@ def polynomial_study() -> pd.DataFrame:
 
 # %% ../../nbs/book/rounds.ipynb #0fb70b19
 def draw_polynomials(
-    results: pd.DataFrame,   # of `polynomial_study`
-):                           # matplotlib Figure
+    results: pd.DataFrame,  # of `polynomial_study`
+):  # matplotlib Figure
     "Test R2 of all learners, a group of bars per polynomial."
     by = results.groupby(["task", "model"], sort=False)["r2"]
     means = by.mean().unstack(sort=False)
@@ -76,7 +87,10 @@ def draw_polynomials(
     fig, ax = plt.subplots(figsize=(8, 3.4), layout="constrained")
     means.plot.bar(ax=ax, yerr=spread, rot=0, capsize=2)
     names = [f"${task.replace('*', ' ')}$" for task in means.index]
-    names = [name.replace("x1", "x_1").replace("x2", "x_2").replace("x3", "x_3") for name in names]
+    names = [
+        name.replace("x1", "x_1").replace("x2", "x_2").replace("x3", "x_3")
+        for name in names
+    ]
     ax.set(ylabel="test $R^2$", xlabel="target", xticklabels=names)
     ax.axhline(0, lw=0.8, color="0.4")
     ax.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
@@ -84,22 +98,29 @@ def draw_polynomials(
 
 # %% ../../nbs/book/rounds.ipynb #5248a716
 def image_rounds(
-    data,     # name of a set of images
-    metric,   # "diag" or "full"
-    n,        # training images
-    n_test,   # test images, drawn beside them
-    seed,     # of the draw, and of the rows held out
+    data,  # name of a set of images
+    metric,  # "diag" or "full"
+    n,  # training images
+    n_test,  # test images, drawn beside them
+    seed,  # of the draw, and of the rows held out
 ) -> dict:
     "Test accuracy after every round, and at the round that a quarter of the training rows picks."
     d = images(data, n + n_test, seed)
     X, X_test = d.flat[:n], d.flat[n:]
     y, y_test = d.y[:n], d.y[n:]
     model = RFMClassifier(
-        kernel="laplace", bandwidth=10.0, reg=1e-3, metric=metric, center=False, n_iter=5,
+        kernel="laplace",
+        bandwidth=10.0,
+        reg=1e-3,
+        metric=metric,
+        center=False,
+        n_iter=5,
         random_state=seed,
     )
     history = model.fit(X, y, X_test, y_test).history_["val_score"]
-    chosen = model.set_params(validation_fraction=0.25).fit(X, y).best_round_
+    chosen = (
+        model.set_params(validation_fraction=0.25).fit(X, y).best_round_
+    )
     return {
         "accuracy": history.tolist(),
         "chosen": int(chosen),
@@ -109,13 +130,15 @@ def image_rounds(
 
 
 def images(
-    data,   # name of a set of images
-    n,      # how many
-    seed,   # of the draw and of their order
-):          # what `load` returns
+    data,  # name of a set of images
+    n,  # how many
+    seed,  # of the draw and of their order
+):  # what `load` returns
     "Images of a set; sets without a test part are taken whole."
     whole = data in ("svhn_crops", "digits")
-    return load(data, split="all" if whole else "train", n=n, random_state=seed)
+    return load(
+        data, split="all" if whole else "train", n=n, random_state=seed
+    )
 
 # %% ../../nbs/book/rounds.ipynb #232ee1a8
 def image_sets() -> dict:
@@ -124,10 +147,16 @@ def image_sets() -> dict:
     sizes = {
         "svhn_crops": (800, 283),
         "digits": pick(quick=(300, 300), book=(800, 800)),
-        "cifar10_jpeg": pick(quick=(300, 300), book=(2000, 2000), paper=(3000, 2000)),
+        "cifar10_jpeg": pick(
+            quick=(300, 300), book=(2000, 2000), paper=(3000, 2000)
+        ),
     }
     found = []
-    for names in (("svhn", "svhn_crops"), ("mnist",), ("cifar10", "cifar10_jpeg")):
+    for names in (
+        ("svhn", "svhn_crops"),
+        ("mnist",),
+        ("cifar10", "cifar10_jpeg"),
+    ):
         found += pick(quick=[], book=list(filter(_is_here, names))[:1])
     return {name: sizes.get(name, common) for name in found or ["digits"]}
 
@@ -143,7 +172,13 @@ def _is_here(name):
 def image_study() -> pd.DataFrame:
     "Rounds on all sets of images, full and diagonal M: one row per seed."
     grid = [
-        {"data": name, "metric": metric, "n": n, "n_test": n_test, "seed": seed}
+        {
+            "data": name,
+            "metric": metric,
+            "n": n,
+            "n_test": n_test,
+            "seed": seed,
+        }
         for name, (n, n_test) in image_sets().items()
         for metric in ("diag", "full")
         for seed in pick(quick=[0], book=[0, 1, 2])
@@ -152,7 +187,7 @@ def image_study() -> pd.DataFrame:
 
 # %% ../../nbs/book/rounds.ipynb #8caa000f
 def by_round(
-    results: pd.DataFrame,   # of `image_study`
+    results: pd.DataFrame,  # of `image_study`
 ) -> pd.DataFrame:
     "One row per round: `round`, and `accuracy` in per cent."
     rows = results.explode("accuracy", ignore_index=True)
@@ -162,46 +197,67 @@ def by_round(
 
 
 def image_table(
-    results: pd.DataFrame,   # of `image_study`
+    results: pd.DataFrame,  # of `image_study`
 ) -> pd.DataFrame:
     """Mean accuracy in per cent by round; `chosen`: at the round that validation rows keep;
     `gain`: its distance from round 0."""
     table = by_round(results).pivot_table(
-        index=["data", "metric"], columns="round", values="accuracy", sort=False
+        index=["data", "metric"],
+        columns="round",
+        values="accuracy",
+        sort=False,
     )
-    chosen = results.groupby(["data", "metric"], sort=False)["at_chosen"].mean().mul(100)
+    chosen = (
+        results.groupby(["data", "metric"], sort=False)["at_chosen"]
+        .mean()
+        .mul(100)
+    )
     return table.assign(chosen=chosen, gain=chosen - table[0]).round(1)
 
 
 def draw_image_rounds(
-    results: pd.DataFrame,   # of `image_study`
-):                           # matplotlib Figure
+    results: pd.DataFrame,  # of `image_study`
+):  # matplotlib Figure
     "Test accuracy against the round, a panel per set."
     rows = by_round(results)
     sets = rows["data"].nunique()
     size = (max(4.5, 3.4 * sets), 3.4)
-    fig, axes = plt.subplots(1, sets, figsize=size, squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(
+        1, sets, figsize=size, squeeze=False, layout="constrained"
+    )
     for ax, (_, part) in zip(axes[0], rows.groupby("data", sort=False)):
         curves(part, "round", "accuracy", "metric", ax=ax)
         title = part["label"].iloc[0].replace(" (", "\n(")
-        ax.set(title=title, xlabel="round (0: Laplace kernel)", ylabel="test accuracy (%)")
+        ax.set(
+            title=title,
+            xlabel="round (0: Laplace kernel)",
+            ylabel="test accuracy (%)",
+        )
         ax.get_legend().remove()
     lines, names = axes[0, 0].get_legend_handles_labels()
-    names = [{"diag": "diagonal M", "full": "full M"}[name] for name in names]
+    names = [
+        {"diag": "diagonal M", "full": "full M"}[name] for name in names
+    ]
     fig.legend(lines, names, loc="outside lower center", ncols=2)
     return fig
 
 # %% ../../nbs/book/rounds.ipynb #364f44c6
 def draw_pixel_weights(
-    panels: dict,   # title to weights (h, w), which sum to 1
-):                  # matplotlib Figure
+    panels: dict,  # title to weights (h, w), which sum to 1
+):  # matplotlib Figure
     "Shares of the weight, in per cent, as images side by side."
     fig, axes = plt.subplots(
-        1, len(panels), figsize=(2.4 * len(panels), 2.5), squeeze=False, layout="constrained"
+        1,
+        len(panels),
+        figsize=(2.4 * len(panels), 2.5),
+        squeeze=False,
+        layout="constrained",
     )
     for ax, (title, weights) in zip(axes[0], panels.items()):
         picture = ax.imshow(100 * weights, cmap="magma", vmin=0)
-        bar = fig.colorbar(picture, ax=ax, orientation="horizontal", shrink=0.9)
+        bar = fig.colorbar(
+            picture, ax=ax, orientation="horizontal", shrink=0.9
+        )
         bar.set_label("% of all weight", fontsize=8)
         bar.ax.tick_params(labelsize=8)
         ax.set(xticks=[], yticks=[])

@@ -21,52 +21,70 @@ from ..draw import PALETTE
 from ..streams import value_inputs
 
 # %% ../../nbs/book/wordgroups.ipynb #30a832b0
-ENDS = {"+": "positive end", "-": "negative end"}    # the sign of an eigenvector is arbitrary
+ENDS = {
+    "+": "positive end",
+    "-": "negative end",
+}  # the sign of an eigenvector is arbitrary
 
 
-def group_label(row,        # of `token_groups`
-                ) -> str:
+def group_label(
+    row,  # of `token_groups`
+) -> str:
     "Where a group comes from, for people."
-    return (f"layer {row.layer}, head {row['head']}, eigenvector {row.direction},"
-            f" {ENDS[row.end]}")
+    return (
+        f"layer {row.layer}, head {row['head']}, eigenvector {row.direction},"
+        f" {ENDS[row.end]}"
+    )
 
 
-def along_the_words(heads,                # `ValueHeads`
-                    words: pd.DataFrame,  # of `whole_words`
-                    k: int,               # directions for each head
-                    random_state=0        # their seed
-                    ) -> list:            # of `Direction`s
+def along_the_words(
+    heads,  # `ValueHeads`
+    words: pd.DataFrame,  # of `whole_words`
+    k: int,  # directions for each head
+    random_state=0,  # their seed
+) -> list:  # of `Direction`s
     "Random directions with the covariance of what the layer of each head reads of the words."
     rng, found = np.random.RandomState(random_state), []
     reads = value_inputs(heads.model, words["id"].to_numpy()).double()
     for d in heads.directions(k):
         u = reads[d.layer - 1]
         v = (u - u.mean(0)).T @ torch.from_numpy(rng.randn(len(words)))
-        found.append(replace(d, vector=v / v.norm(), share=np.nan, kind="embedding"))
+        found.append(
+            replace(d, vector=v / v.norm(), share=np.nan, kind="embedding")
+        )
     return found
 
 
-def best_groups(table: pd.DataFrame,  # of `token_groups`, with columns such as "z (MiniLM)"
-                name: str,            # of the embedding
-                n: int = 10,          # how many groups
-                shared: int = 3       # ... with fewer words in common than that
-                ) -> pd.DataFrame:
+def best_groups(
+    table: pd.DataFrame,  # of `token_groups`, with columns such as "z (MiniLM)"
+    name: str,  # of the embedding
+    n: int = 10,  # how many groups
+    shared: int = 3,  # ... with fewer words in common than that
+) -> pd.DataFrame:
     "The rows with the highest z, each theme once."
     chosen = []
-    for i, row in table.sort_values(f"z ({name})", ascending=False).iterrows():
-        if all(len(set(row.words) & set(table.words[j])) < shared for j in chosen):
+    for i, row in table.sort_values(
+        f"z ({name})", ascending=False
+    ).iterrows():
+        if all(
+            len(set(row.words) & set(table.words[j])) < shared
+            for j in chosen
+        ):
             chosen.append(i)
     return table.loc[chosen[:n]]
 
 # %% ../../nbs/book/wordgroups.ipynb #41f0a6e1
-def draw_groups(table: pd.DataFrame,  # of `token_groups`, with columns such as "z (MiniLM)"
-                names: list,          # of the embeddings, of which the first ranks the groups
-                kinds: list,          # of directions, in order; the first one's groups are written
-                top: int = 10         # how many of them
-                ):                    # matplotlib Figure
+def draw_groups(
+    table: pd.DataFrame,  # of `token_groups`, with columns such as "z (MiniLM)"
+    names: list,  # of the embeddings, of which the first ranks the groups
+    kinds: list,  # of directions, in order; the first one's groups are written
+    top: int = 10,  # how many of them
+):  # matplotlib Figure
     "The best groups as words, shaded by projection, and the z of all groups by kind of direction."
     fig = plt.figure(figsize=(12.5, 4.4 + 0.28 * top))
-    upper, lower = fig.subfigures(2, 1, height_ratios=[0.33 * top + 0.4, 3.6])
+    upper, lower = fig.subfigures(
+        2, 1, height_ratios=[0.33 * top + 0.4, 3.6]
+    )
     ax = upper.subplots()
     ax.set(xlim=(0, 100), ylim=(top - 0.4, -1))
     ax.set_axis_off()
@@ -76,9 +94,14 @@ def draw_groups(table: pd.DataFrame,  # of `token_groups`, with columns such as 
         _write_group(ax, y, row, names[0])
     axes = lower.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for ax, name in zip(axes, names):
-        _scatter_kinds(ax, [table[f"z ({name})"][table.kind == kind] for kind in kinds])
-        ax.set(title=f"all groups, measured in {name}", xticks=range(len(kinds)),
-               xticklabels=[kind.replace(" ", "\n", 1) for kind in kinds])
+        _scatter_kinds(
+            ax, [table[f"z ({name})"][table.kind == kind] for kind in kinds]
+        )
+        ax.set(
+            title=f"all groups, measured in {name}",
+            xticks=range(len(kinds)),
+            xticklabels=[kind.replace(" ", "\n", 1) for kind in kinds],
+        )
     axes[0].set_ylabel("theme of a group (z)")
     return fig
 
@@ -88,11 +111,20 @@ def _write_group(ax, y, row, name):
     ax.text(0, y, group_label(row), fontsize=8.5, va="center", color="0.35")
     x, most = 24, max(map(abs, row.projections))
     for word, p in zip(row.words, row.projections):
-        shade = (*to_rgb(PALETTE[1]), 0.1 + 0.55 * (abs(p) / most)**3)
+        shade = (*to_rgb(PALETTE[1]), 0.1 + 0.55 * (abs(p) / most) ** 3)
         box = dict(boxstyle="round,pad=0.2", lw=0, fc=shade)
-        ax.text(x, y, word, fontsize=9, va="center", parse_math=False, bbox=box)
+        ax.text(
+            x, y, word, fontsize=9, va="center", parse_math=False, bbox=box
+        )
         x += 0.64 * len(word) + 1.6
-    ax.text(100, y, f"z = {row[f'z ({name})']:.1f}", fontsize=8.5, va="center", ha="right")
+    ax.text(
+        100,
+        y,
+        f"z = {row[f'z ({name})']:.1f}",
+        fontsize=8.5,
+        va="center",
+        ha="right",
+    )
 
 
 def _scatter_kinds(ax, parts):
@@ -101,66 +133,105 @@ def _scatter_kinds(ax, parts):
         x = i + np.random.RandomState(i).uniform(-0.28, 0.28, len(part))
         ax.scatter(x, part, s=6, alpha=0.4, color=PALETTE[i], lw=0)
     middle = np.arange(len(parts))
-    ax.hlines([p.mean() for p in parts], middle - 0.35, middle + 0.35, color="black", lw=1.5)
+    ax.hlines(
+        [p.mean() for p in parts],
+        middle - 0.35,
+        middle + 0.35,
+        color="black",
+        lw=1.5,
+    )
     ax.axhline(0, color="0.5", lw=0.8, ls=":")
 
 # %% ../../nbs/book/wordgroups.ipynb #5f7c7230
-def spread_table(both_ends: pd.DataFrame,      # a row for each direction: kind, spread, z
-                 edges=(0, 1.2, 2, np.inf)     # of the variance
-                 ) -> pd.DataFrame:            # one row per kind
+def spread_table(
+    both_ends: pd.DataFrame,  # a row for each direction: kind, spread, z
+    edges=(0, 1.2, 2, np.inf),  # of the variance
+) -> pd.DataFrame:  # one row per kind
     "Mean variance of the words, and mean z among directions of similar variance."
     kinds = both_ends.groupby("kind", sort=False)
-    columns = {"mean variance": kinds.spread.mean(), "z, all": kinds.z.mean()}
+    columns = {
+        "mean variance": kinds.spread.mean(),
+        "z, all": kinds.z.mean(),
+    }
     for low, high in zip(edges, edges[1:]):
         inside = both_ends[both_ends.spread.between(low, high)]
-        columns[f"z, variance {low:g} to {high:g}"] = inside.groupby("kind").z.mean()
+        columns[f"z, variance {low:g} to {high:g}"] = inside.groupby(
+            "kind"
+        ).z.mean()
     return pd.DataFrame(columns)
 
 
-def draw_spread(both_ends: pd.DataFrame,  # a row for each direction: kind, spread, z
-                kinds,                    # of directions, in order
-                name: str                 # of the vectors of words
-                ):                        # matplotlib Figure
+def draw_spread(
+    both_ends: pd.DataFrame,  # a row for each direction: kind, spread, z
+    kinds,  # of directions, in order
+    name: str,  # of the vectors of words
+):  # matplotlib Figure
     "Theme of each direction's two groups over the variance of the words along it."
     fig, ax = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
     for kind, colour in zip(kinds, PALETTE):
         part = both_ends[both_ends.kind == kind]
         ax.scatter(part.spread, part.z, s=8, alpha=0.35, color=colour, lw=0)
         quarters = pd.qcut(part.spread, 4, duplicates="drop")
-        means = part.groupby(quarters, observed=True)[["spread", "z"]].mean()
+        means = part.groupby(quarters, observed=True)[
+            ["spread", "z"]
+        ].mean()
         ax.plot(means.spread, means.z, "o-", ms=6, color=colour, label=kind)
-    ax.set(xscale="log", ylabel=f"theme (mean z, {name})",
-           xlabel="variance of the words along the direction (average direction: 1)")
+    ax.set(
+        xscale="log",
+        ylabel=f"theme (mean z, {name})",
+        xlabel="variance of the words along the direction (average direction: 1)",
+    )
     ax.set_xticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"])
     ax.minorticks_off()
     fig.legend(loc="outside lower center", ncols=4)
     return fig
 
 # %% ../../nbs/book/wordgroups.ipynb #9b7fb99d
-def shared_words(groups,   # lists of words
-                 others    # lists of words
-                 ) -> np.ndarray:
+def shared_words(
+    groups,  # lists of words
+    others,  # lists of words
+) -> np.ndarray:
     "For each group, the most words that it has in common with one of the others."
     others = [set(words) for words in others]
-    return np.array([max(len(set(words) & other) for other in others) for words in groups])
+    return np.array(
+        [
+            max(len(set(words) & other) for other in others)
+            for words in groups
+        ]
+    )
 
 # %% ../../nbs/book/wordgroups.ipynb #2237a273
-def short_stories(language,          # a `Language` trained on stories
-                  most: int = 1000   # characters
-                  ) -> list:         # of str
+def short_stories(
+    language,  # a `Language` trained on stories
+    most: int = 1000,  # characters
+) -> list:  # of str
     "The short ones of the held-out stories; the start of the text where there is none."
     held = language.tokens.decode(language.test)
-    tales = [t.removesuffix("<|endoftext|>") for t in re.split(r"(?<=<\|endoftext\|>)", held)]
-    return [t for t in tales if len(t) < most] or [language.tokens.decode(language.test[:60])]
+    tales = [
+        t.removesuffix("<|endoftext|>")
+        for t in re.split(r"(?<=<\|endoftext\|>)", held)
+    ]
+    return [t for t in tales if len(t) < most] or [
+        language.tokens.decode(language.test[:60])
+    ]
 
 
-def story_of_two(stories,   # list of str
-                 rows       # of `token_groups`, at least two
-                 ) -> tuple:  # the story, and two of the rows
+def story_of_two(
+    stories,  # list of str
+    rows,  # of `token_groups`, at least two
+) -> tuple:  # the story, and two of the rows
     "Two groups without a common word, and the story that has most words of both."
-    pairs = [(a, b) for i, a in enumerate(rows) for b in rows[:i]
-             if not set(a.words) & set(b.words)]
-    found = [(min(_hits(t, a), _hits(t, b)), t, (a, b)) for t in stories for a, b in pairs]
+    pairs = [
+        (a, b)
+        for i, a in enumerate(rows)
+        for b in rows[:i]
+        if not set(a.words) & set(b.words)
+    ]
+    found = [
+        (min(_hits(t, a), _hits(t, b)), t, (a, b))
+        for t in stories
+        for a, b in pairs
+    ]
     _, story, two = max(found, key=lambda item: item[0])
     return story, two
 
@@ -170,13 +241,16 @@ def _hits(story, row):
     return len(set(re.findall(r"\w+", story.lower())) & set(row.words))
 
 
-def strongest_words(story: str,              # a text
-                    direction,               # of `ValueHeads`
-                    end: str,                # "+" or "-"
-                    in_place: bool = False,  # of what the layer reads there
-                    n: int = 6               # how many
-                    ) -> str:
+def strongest_words(
+    story: str,  # a text
+    direction,  # of `ValueHeads`
+    end: str,  # "+" or "-"
+    in_place: bool = False,  # of what the layer reads there
+    n: int = 6,  # how many
+) -> str:
     "The pieces of a text with the largest weights at one end of a direction."
     pieces, weights = text_weights(story, direction, in_place)
-    weights = pd.Series(weights if end == "+" else -weights, [p.strip() for p in pieces])
+    weights = pd.Series(
+        weights if end == "+" else -weights, [p.strip() for p in pieces]
+    )
     return " ".join(weights.groupby(level=0).max().nlargest(n).index)

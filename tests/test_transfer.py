@@ -17,7 +17,7 @@ from agop_book.cntk import CNTK
 from agop_book.convrfm import ConvRFMClassifier, ConvRFMRegressor, DeepRFMClassifier, stars
 from agop_book.kernels import NTK, Gaussian, Laplace
 from agop_book.rfm import RFMClassifier, RFMRegressor
-from agop_book.mixing import mix, normalised, rotated
+from agop_book.mixing import mix, normalised, rotated_metric
 from agop_book.transfer import TransferRFM, transfer
 
 MODES = ("fixed", "blend", "initial")
@@ -111,10 +111,10 @@ def test_a_mixture_keeps_the_units():
 
 def test_rotation_is_orthogonal_and_the_kernel_does_not_see_it_if_the_data_turn_too():
     M, X, Z = metric(), task()[0], target()[0]
-    R = rotated(M, random_state=3)
+    R = rotated_metric(M, random_state=3)
     np.testing.assert_allclose(np.linalg.eigvalsh(R), np.linalg.eigvalsh(M), rtol=1e-10)
-    np.testing.assert_array_equal(R, rotated(M, random_state=3))
-    np.testing.assert_allclose(rotated(np.diag(M.diagonal()), 3), rotated(M.diagonal(), 3))
+    np.testing.assert_array_equal(R, rotated_metric(M, random_state=3))
+    np.testing.assert_allclose(rotated_metric(np.diag(M.diagonal()), 3), rotated_metric(M.diagonal(), 3))
     from scipy.stats import ortho_group
 
     Q = ortho_group.rvs(D, random_state=3)
@@ -126,7 +126,7 @@ def test_rotation_is_orthogonal_and_the_kernel_does_not_see_it_if_the_data_turn_
 
 def test_rotations_favour_no_direction():
     M = np.diag([1.0, 0, 0, 0])
-    mean = np.mean([rotated(M, s) for s in range(2000)], 0)
+    mean = np.mean([rotated_metric(M, s) for s in range(2000)], 0)
     np.testing.assert_allclose(mean, np.eye(4) / 4, atol=0.03)
 
 
@@ -447,7 +447,7 @@ def test_shared_features_help_and_others_hurt():
         none = rfm(n_iter=0).fit(*data).score(X_test, y_test)
         for mode in MODES:
             gains[mode].append(score(source, mode=mode) - none)
-        gains["turned"].append(score(rotated(source.M_, seed)) - none)
+        gains["turned"].append(score(rotated_metric(source.M_, seed)) - none)
         gains["other"].append(score(other) - none)
     for mode in MODES:
         assert min(gains[mode]) > 0.2

@@ -16,7 +16,7 @@ from .pairs import gaussian_task, pairs, rows_of
 from .run import pick
 from .sweep import sweep
 from ..convrfm import ConvRFMClassifier
-from ..mixing import rotated
+from ..mixing import rotated_metric
 from ..rfm import RFMClassifier, RFMRegressor
 from ..transfer import transfer
 
@@ -102,7 +102,7 @@ def lending_run(pair: str,       # its name
     "Test score of every arm: R2 where the target is a number, else accuracy, both up to 1."
     pair = pairs()[pair]
     M, shuffled, gain = source_matrix(pair, n_source, seed)
-    matrices = {"identity": np.eye(len(M)), "source": M, "rotated": rotated(M, seed),
+    matrices = {"identity": np.eye(len(M)), "source": M, "rotated": rotated_metric(M, seed),
                 "shuffled": shuffled}
     X, X_test, y, y_test = target_split(pair, n, seed)
     models = {arm: transfer(matrices[whose], (X, y), lent_learner(pair.learner, y), **options)

@@ -29,7 +29,7 @@ def imbalance(A,    # (c, k): second layer
     "What gradient flow conserves: D = B B^T - A^T A."
     return B @ B.T - A.T @ A
 
-
+# %% ../../nbs/06_mlps.ipynb #a06gap01
 def ansatz_gap(A,   # (c, k): second layer
                B):  # (k, d): first layer
     "Relative distance of NFM and AGOP^(1/2) of the first layer, and their correlation."

@@ -41,4 +41,5 @@ def rotated(site: Site,    # with its moments
     C = Vt @ site.agop() @ Vt.T / s / s[:, None]                # U^T C U
     Q = random_rotation(len(s), generator).to(C)
     SV = s[:, None] * Vt
-    return replace(site, moments=(SV.T @ Q @ C @ Q.T @ SV)[None], inner=True)
+    A = SV.T @ Q @ C @ Q.T @ SV
+    return replace(site, moments=(A + A.T)[None] / 2, inner=True)      # symmetric to the last digit

@@ -7,7 +7,7 @@ __all__ = ['patch_agop']
 
 # %% ../nbs/11_cntk.ipynb #d9cd40e4
 from .arrays import to_family
-from .conv_ntk import CNTK  # noqa: F401 (its older home)
+from .conv_ntk import CNTK  # noqa: F401
 from .image_gradients import gradient_blocks, safe_coef, whole_agop
 from .image_kernels import ImageKernel
 

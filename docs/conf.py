@@ -62,3 +62,14 @@ html_theme_options = {
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
 }
+
+
+def no_other_pages(app, pagename, templatename, context, doctree):
+    "A frame shows what its output brings, and may not go elsewhere."
+    context["metatags"] += ('<meta http-equiv="Content-Security-Policy" '
+                            'content="frame-src \'none\'">')
+
+
+def setup(app):
+    "Called by Sphinx."
+    app.connect("html-page-context", no_other_pages)

@@ -35,7 +35,7 @@ ATTRIBUTES = {"*": ["class", "id", "style", "title"], "a": ["href"], "table": ["
 PROTOCOLS = {"http", "https", "mailto"}
 COLOURS = CSSSanitizer({*ALLOWED_CSS_PROPERTIES, "border-radius", "opacity"})
 FRAME = re.compile(r'<iframe title="([^"<>]*)" sandbox="allow-scripts" srcdoc="([^"]*)"'
-                   r'[^"<>]*style="[^"<>]*height: (\d+)px[^"<>]*"></iframe>')
+                   r'\s*style="--tall: (\d+)px; [^"<>]*height: (\d+)px[^"<>]*"></iframe>')
 ALONE = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
          "img-src data:")
 AS_THEY_ARE = {"text/plain", "image/png", "image/jpeg"}
@@ -118,10 +118,10 @@ def documented(doc, todo, level):
 
 def live(match):
     "A page in a frame, cut off from the site around it and from the network."
-    title, page, height = match.groups()
+    title, page, tall, height = match.groups()
     return (f'<iframe class="live" title="{title}" sandbox="allow-scripts" srcdoc="<!doctype html>'
             f"<meta http-equiv='Content-Security-Policy' content=&quot;{ALONE}&quot;>{page}\" "
-            f'style="height: {height}px"></iframe>')
+            f'style="--tall: {tall}px; height: {height}px"></iframe>')
 
 
 def safe_html(text):

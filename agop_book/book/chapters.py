@@ -189,7 +189,8 @@ def chapters(
 def _line(chapter):
     "A chapter's line in the map."
     facts = chapter.facts
-    line = f"- [{chapter.title}]({chapter.name}.ipynb): {chapter.subtitle.rstrip('.')}."
+    subtitle = chapter.subtitle if chapter.subtitle[-1:] in "?." else f"{chapter.subtitle}."
+    line = f"- [{chapter.title}]({chapter.name}.ipynb): {subtitle}"
     if "Reading time" in facts:
         line += f" *{facts['Reading time']} to read; {facts['Running time']}.*"
     if before := facts.get("Before this"):

@@ -63,6 +63,7 @@ def cnn_score(X,            # images (n, c, h, w), float32
         lr=1e-3,
         batch_size=32,
         max_epochs=epochs,
+        iterator_train__shuffle=True,
         train_split=predefined_split(valid),
         callbacks=[_early(epochs)],
         verbose=0,
@@ -122,4 +123,4 @@ def deep_study() -> pd.DataFrame:
              "n_iter": n_iter, "epochs": epochs}
             for data, (n, n_test, seeds) in _deep_sets().items()
             for model in PEERS for seed in range(seeds)]
-    return sweep("deep-rfm", deep_run, grid)
+    return sweep("deep-rfm", deep_run, grid, version=2)

@@ -172,7 +172,7 @@ def draw_groups(
 ):
     "Mean gains on the two groups of rows, with 95 % intervals over the tasks."
     names = list(ARM_NAMES)
-    looks = {"seen": ("C3", "s", "rows that M was learned on"),
+    looks = {"seen": ("C3", "s", "test rows in the training half of the given division"),
              "unseen": ("C2", "D", "the other test rows")}
     for shift, (group, (colour, mark, label)) in zip((-0.1, 0.1), looks.items()):
         part = found.xs(group, level=1).loc[names]

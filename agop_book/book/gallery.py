@@ -37,9 +37,13 @@ def heading(
     return f"[{title}]({chapter.name}.ipynb)" if chapter else title
 
 # %% ../../nbs/book/gallery.ipynb #349ec219
+_SMALL = (640, 400)      # pixels, of a picture among many
+
+
 def gallery(
     folder=None,   # as in `records`
     ids=None,      # the figures that are shown; None: all
+    size=_SMALL,   # pixels that a picture has to fit in
 ) -> None:
     "Display records: a title that leads to the chapter, the picture, the caption, five numbers."
     found = [pair for pair in in_order(folder) if ids is None or pair[0]["id"] in ids]
@@ -47,6 +51,6 @@ def gallery(
         display(Markdown("*No figures yet: `agop-book reproduce` makes them.*"))
     for entry, chapter in found:
         text = caption(entry) + "\n\n" + numbers_table(entry, entry["key"])
-        picture = Image(data=thumbnail(entry["png"]), format="jpeg",
+        picture = Image(data=thumbnail(entry["png"], size), format="jpeg",
                         alt=plain_text(entry["caption"]))
         display(Markdown(f"### {heading(entry, chapter)}"), picture, Markdown(text))

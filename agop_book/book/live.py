@@ -17,11 +17,12 @@ with extra("book"):
 
 # %% ../../nbs/book/live.ipynb #0d299763
 _FRAME = """<style>
-@media (max-width: 600px) {{ .agop-live iframe {{ height: {tall}px !important }} }}
+@media (max-width: 600px) {{ .agop-live iframe {{ height: var(--tall) !important }} }}
 </style><figure class="agop-live" style="margin: 0"><div style="display: grid">
 <img style="grid-area: 1 / 1; max-width: 100%" alt="{alt}" src="data:image/jpeg;base64,{still}">
 <iframe title="{title}" sandbox="allow-scripts" srcdoc="{page}"
- style="grid-area: 1 / 1; width: 100%; height: {height}px; border: 0; background: Canvas"></iframe>
+ style="--tall: {tall}px; grid-area: 1 / 1; width: 100%; height: {height}px; border: 0;
+ background: Canvas"></iframe>
 </div><figcaption>{title}. If nothing here can be moved (on GitHub, or in a notebook that is not
 trusted), you see a still picture: open the notebook in Colab, or read the book's site.
 </figcaption></figure>"""

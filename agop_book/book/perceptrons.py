@@ -116,7 +116,7 @@ def draw_layers(tables   # name -> what `nfa` returns for an MLP
                 ):       # matplotlib Figure
     "Correlation of NFM and AGOP^(1/2) by layer with its controls, one panel for each network."
     labels = {"pearson": "NFM and AGOP$^{1/2}$", "pearson_forced": "rotated control",
-              "pearson_init": "untrained network", "pearson_weights": "NFM and initial NFM"}
+              "pearson_init": "untrained control", "pearson_weights": "NFM and initial NFM"}
     fig, axes = plt.subplots(1, len(tables), figsize=(11, 3.2), sharey=True, layout="constrained")
     for ax, (name, table) in zip(axes, tables.items()):
         layers = range(1, len(table) + 1)
@@ -146,7 +146,7 @@ def draw_widths(runs   # one row per run
         last.plot(part["kept"], part["correlation"], mark, ms=3.5, label=activation)
     last.set(title="all runs", xlabel="correlation of NFM and initial NFM", ylabel="correlation",
              ylim=(0, 1.05))
-    last.legend(fontsize=7, loc="lower left")
+    last.legend(fontsize=8, loc="lower left")
     for ax in axes.flat[len(activations):-1]:
         ax.set_axis_off()
     return fig

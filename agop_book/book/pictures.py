@@ -65,14 +65,13 @@ def show(
     display(Image(data=data, format=format, alt=alt))
 
 # %% ../../nbs/book/pictures.ipynb #12b4b104
-_SMALL = (640, 400)      # pixels of a picture among many
 _SOFT = 60               # quality of JPEG, on which lines stay clean at this size
 
 
 def thumbnail(
-    png,           # path of a picture
-    size=_SMALL,   # pixels that it has to fit in
-) -> bytes:        # JPEG
+    png,        # path of a picture, or a file
+    size,       # pixels that it has to fit in
+) -> bytes:     # JPEG
     "A picture small enough for a page of many."
     picture, small = Picture.open(png).convert("RGB"), BytesIO()
     picture.thumbnail(size, Picture.Resampling.LANCZOS)

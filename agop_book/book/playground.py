@@ -9,6 +9,7 @@ __all__ = ['playground']
 from io import BytesIO
 
 import numpy as np
+from sklearn.metrics import r2_score
 
 from .live import Live, live_page
 from .pictures import encoded, thumbnail
@@ -41,7 +42,7 @@ def _still():
     y, z = X[:, 0] * X[:, 1] + 0.1 * rng.normal(size=200), Z[:, 0] * Z[:, 1]
     model = RFMRegressor(bandwidth=10.0, reg=1e-3, n_iter=4, metric="full", center=False)
     model.fit(X, y)
-    scores = [1 - np.mean((z - f) ** 2) / z.var() for f in map(np.ravel, model.staged_predict(Z))]
+    scores = [r2_score(z, f) for f in model.staged_predict(Z)]
     style()
     fig, axes = plt.subplots(1, 4, figsize=(9, 2.6))
     for ax, plane, t in zip(axes, _planes(model), _ROUNDS):
@@ -57,7 +58,7 @@ def _still():
     alt = (f"Predictions of a machine for x1 x2 over features 1 and 2: test R2 is {scores[0]:.2f} "
            f"in round 0 and {scores[4]:.2f} in round 4, where features 1 and 2 hold "
            f"{diagonal[:2].sum() / diagonal.sum():.0%} of M.")
-    jpeg = thumbnail(BytesIO(encoded(fig)))
+    jpeg = thumbnail(BytesIO(encoded(fig)), (640, 400))
     plt.close(fig)
     return jpeg, alt
 

@@ -151,12 +151,11 @@ def sweep(
     grid, version = _rows(grid), plain(version, "version")
     path = check_results(out_dir() / "results" / f"{name}-{scale()}.jsonl", "AGOP_BOOK_OUT")
     done = finished_rows(path)
-    table = []
     where = device_label()
-    for row in bar(grid, desc=name, disable=not progress):
-        what = json.dumps([row, source, version, where], sort_keys=True)
-        key = hashlib.sha256(what.encode()).hexdigest()
-        if key not in done:
+    what = [json.dumps([row, source, version, where], sort_keys=True) for row in grid]
+    keys = [hashlib.sha256(text.encode()).hexdigest() for text in what]
+    left = [pair for pair in zip(keys, grid) if pair[0] not in done]
+    for key, row in bar(left, desc=name, disable=not (progress and left)):
+        if key not in done:                                  # a row may stand in the grid twice
             done[key] = append_row(path, key, _run(fn, row))
-        table.append(done[key])
-    return pd.DataFrame(table)
+    return pd.DataFrame([done[key] for key in keys])

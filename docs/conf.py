@@ -66,8 +66,8 @@ html_theme_options = {
 
 def no_other_pages(app, pagename, templatename, context, doctree):
     "A frame shows what its output brings, and may not go elsewhere."
-    context["metatags"] += ('<meta http-equiv="Content-Security-Policy" '
-                            'content="frame-src \'none\'">')
+    alone = '<meta http-equiv="Content-Security-Policy" content="frame-src \'none\'">'
+    context["metatags"] = context.get("metatags", "") + alone
 
 
 def setup(app):

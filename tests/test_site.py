@@ -13,6 +13,8 @@ import nbformat
 import pytest
 from conftest import notebooks
 
+from agop_book.book.live import Live
+
 ROOT = Path(__file__).parents[1]
 PAGES = [name.removesuffix(".ipynb") for name in notebooks()]
 UNLOADED = "[...document.images].filter(i => !(i.complete && i.naturalWidth)).map(i => i.src)"
@@ -288,3 +290,45 @@ def test_nothing_stored_in_an_output_runs(tmp_path, copy_book, plain_env):
     assert page.found == [] and page.kept.count("text") == 2 and "link" in page.kept
     assert "color: green" in text and "background: url" not in text and r"\href" not in text
     assert not [p for p in (book / "out").rglob("*") if p.name in ("hostname", "_downloads")]
+
+
+HOSTILE_PAGE = """<script>
+fetch("{server}/fetch"); new Image().src = "{server}/image"; location = "{server}/elsewhere";
+try {{ parent.document.title = "planted" }} catch (error) {{ }}
+</script><meta http-equiv="refresh" content="0; url={server}/refresh">"""
+KIND_PAGE = "<b></b><script>document.querySelector('b').textContent = 'ran'</script>"
+
+
+@pytest.fixture
+def outside():
+    "A server that a page has no business with: its address, and what it was asked for."
+    class Server(SimpleHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *args):
+            pass
+    asked, server = [], ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+
+
+def test_a_page_in_a_frame_reaches_nothing(tmp_path, copy_book, plain_env, browser, outside):
+    "It runs, but neither the network, nor another page, nor the site around it."
+    address, asked = outside
+    page = HOSTILE_PAGE.format(server=address)
+    pages = [Live("A page", text, b"", "Nothing.", 40, 40).html() for text in (KIND_PAGE, page)]
+    outputs = [nbformat.v4.new_output("display_data", data={"text/html": html}) for html in pages]
+    book = copy_book(tmp_path, "settings.ini", "docs")
+    small_book(book / "source", [nbformat.v4.new_code_cell("1 + 1", outputs=outputs)])
+    sphinx = "-m sphinx -q -b html -c docs source out".split()
+    done = run(*sphinx, cwd=book, env=plain_env | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    shown = browser.new_page()
+    shown.goto((book / "out/part/01_page.html").as_uri())
+    shown.wait_for_timeout(1500)
+    assert shown.frames[1].locator("b").inner_text() == "ran"
+    assert asked == [] and shown.title() != "planted"
+    shown.close()

@@ -112,12 +112,12 @@ def verdicts(
 def claims_table(
     chapter=None,   # as in `claims`
 ):                  # IPython's Markdown
-    "All claims as a table: lesson, claim, our test, verdict, why."
-    lines = ["| Lesson | Claim | Our test | Verdict | Why |", "|---|---|---|---|---|"]
+    "All claims as a table: lesson, claim, verdict, our test, why."
+    lines = ["| Lesson | Claim | Verdict | Our test | Why |", "|---|---|---|---|---|"]
     for claim in claims(chapter):
         title = Chapter.read(notebooks(), claim.chapter).title
         lesson = f"[{title}]({claim.chapter}.ipynb)"
-        cells = (lesson, claim.claim, claim.test, f"**{claim.verdict}**", claim.why)
+        cells = (lesson, claim.claim, f"**{claim.verdict}**", claim.test, claim.why)
         row = (re.sub(r"\s+", " ", cell).replace("|", "\\|").strip() for cell in cells)
         lines.append("| " + " | ".join(row) + " |")
     return Markdown("\n".join(lines))

@@ -133,7 +133,12 @@ def safe_html(text):
     return "".join(f"<style>{css}</style>" for css in styles) + body
 
 
-CLEAN = {"text/html": safe_html, "text/markdown": safe_markdown, "text/latex": safe_markdown}
+def linked_markdown(text):
+    "Markdown without anything that could run, its links between the notebooks."
+    return safe_markdown(URL.sub(link, text))
+
+
+CLEAN = {"text/html": safe_html, "text/markdown": linked_markdown, "text/latex": safe_markdown}
 
 
 def harmless(output):

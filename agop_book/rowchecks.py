@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Rows']
 
-# %% ../nbs/workshop/rowchecks.ipynb #ac8dee75
+# %% ../nbs/workshop/rowchecks.ipynb #fd89973d
 import numpy as np
 import pandas as pd
 
@@ -17,9 +17,10 @@ from agop_book.rowparts import (
     checked_weights,
     column_names,
     is_label,
+    number_values,
 )
 
-# %% ../nbs/workshop/rowchecks.ipynb #c25441d0
+# %% ../nbs/workshop/rowchecks.ipynb #818915ba
 _REMEDY = {
     "columns": "give every batch the same columns.",
     "names": "bring the columns into one order, under one set of names.",
@@ -66,7 +67,7 @@ class _Check:
 
     def _numbers(self, where, X):
         category = categories_in(X) if isinstance(X, pd.DataFrame) else None
-        values = X if category is None else X.loc[:, ~category].to_numpy()
+        values = number_values(X)
         names = column_names(X)
         with np.errstate(over="ignore", invalid="ignore"):
             fine = np.isfinite(values.sum())
@@ -109,7 +110,7 @@ def _kind(y):
     shape = "(b,)" if y.ndim == 1 else f"(b, {y.shape[1]})"
     return f"{'labels' if is_label(y) else 'numbers'} of shape {shape}"
 
-# %% ../nbs/workshop/rowchecks.ipynb #f7175e10
+# %% ../nbs/workshop/rowchecks.ipynb #8d743805
 class Rows:
     """A table as batches of rows, which can be read again and again.
 
@@ -138,6 +139,7 @@ class Rows:
             part = check(part)
             self.missing = check.missing
             yield part
+            del part                # or it would be there beside the next
         self._finish(check, count)
 
     def batches(self):

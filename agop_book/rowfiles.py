@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['table_files', 'is_dataset', 'FileRows']
 
-# %% ../nbs/workshop/rowfiles.ipynb #459161d4
+# %% ../nbs/workshop/rowfiles.ipynb #1dfd5179
 import glob
 import os
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from .extras import extra
 from .rowchecks import Rows
 from .rowparts import ColumnChoice, Part
 from .rowtables import rows_at_once
 
-# %% ../nbs/workshop/rowfiles.ipynb #31bc8f28
+# %% ../nbs/workshop/rowfiles.ipynb #a39f9187
 _FORMATS = {".parquet": "parquet", ".pq": "parquet", ".feather": "feather", ".arrow": "feather",
             ".ipc": "feather"}
 
@@ -72,7 +73,7 @@ def _open(source):
     except (OSError, ValueError) as error:
         raise ValueError(f"{source}: cannot be read as {kind}: {error}") from None
 
-# %% ../nbs/workshop/rowfiles.ipynb #ccec9e25
+# %% ../nbs/workshop/rowfiles.ipynb #0b401558
 def _type_kind(kind):
     "What an Arrow type holds: number, category, words, or its name."
     with extra("large"):
@@ -109,7 +110,7 @@ def _refuse_differences(schema, first, names, where, where_first):
         raise ValueError(f"column {name!r} is {kinds[0]} in {where} and {kinds[1]} in "
                          f"{where_first}; write every file with the same types.")
 
-# %% ../nbs/workshop/rowfiles.ipynb #c8ee196a
+# %% ../nbs/workshop/rowfiles.ipynb #f3c42027
 class FileRows(Rows):
     """The rows of Parquet or Feather files, or of a pyarrow dataset, in the order of its files.
 
@@ -126,7 +127,9 @@ class FileRows(Rows):
         self._fragments = _named(self._dataset)
         self.n = 0
         self._look()
-        self._dtype = _common_dtype(self._dataset.schema, self._choice)
+        self._words = _words_among(self._dataset.schema, self._choice)
+        numbers = [name for name in self.names if name not in self._words]
+        self._dtype = _common_dtype(self._dataset.schema, numbers)
 
     def _look(self):
         "Read the headers of all files."
@@ -142,37 +145,43 @@ class FileRows(Rows):
 
     def _parts(self):
         for where, fragment in self._fragments:
-            for batch in self._read(where, fragment):
-                yield self._part(where, batch)
+            with _naming(where):
+                batches = fragment.to_batches(
+                    schema=self._dataset.schema, columns=self._choice.needed,
+                    batch_size=self._size, batch_readahead=1, fragment_readahead=1,
+                    **_scan_options(fragment))
+            while (part := self._next(where, batches)) is not None:
+                yield part
+                del part                # or it would be there beside the next
 
-    def _read(self, where, fragment):
-        "The batches of one file; a few are read ahead, no more."
-        with _naming(where):
-            batches = fragment.to_batches(
-                schema=self._dataset.schema, columns=self._choice.needed, batch_size=self._size,
-                batch_readahead=1, fragment_readahead=1)
-            while (batch := next(batches, None)) is not None:
-                yield batch
-
-    def _part(self, where, batch):
+    def _next(self, where, batches):
+        "The next batch of one file as a `Part`; None at the end."
         choice = self._choice
-        y = w = None
-        if choice.weight is not None:
-            w = _values(batch.column(choice.weight))
-        if isinstance(choice.target, str):
-            y = _values(batch.column(choice.target))
-        elif choice.target is not None:
-            y = np.column_stack([_values(batch.column(name)) for name in choice.target])
-        kept = batch.select(choice.keep) if choice.keep else None
-        return Part(where, self._features(batch), y, w, kept)
+        with _naming(where):
+            batch = next(batches, None)
+            if batch is None: return None
+            kept = batch.select(choice.keep) if choice.keep else None
+            w = None if choice.weight is None else _values(batch.column(choice.weight))
+            return Part(where, self._features(batch), self._targets(batch), w, kept)
+
+    def _targets(self, batch):
+        "One column, several side by side, or None."
+        target = self._choice.target
+        if target is None: return None
+        if isinstance(target, str): return _values(batch.column(target))
+        return np.column_stack([_values(batch.column(name)) for name in target])
 
     def _features(self, batch):
-        "The columns of X as a frame."
-        with extra("large"):
-            import pyarrow as pa
-        columns = [_feature(batch.column(name), name in self._choice.categorical, self._dtype)
-                   for name in self.names]
-        return pa.RecordBatch.from_arrays(columns, self.names).to_pandas()
+        "The columns of X as a frame: numbers in one block, then categories."
+        columns = {name: batch.column(name) for name in self.names}
+        words = {name: _dictionary(column).to_pandas() for name, column in columns.items()
+                 if name in self._words}
+        plain = [name for name in self.names if name not in words]
+        numbers = np.empty((len(plain), len(batch)), self._dtype)
+        for row, name in zip(numbers, plain):
+            row[:] = _values(columns[name])
+        frame = pd.DataFrame(numbers.T, columns=plain, copy=False)
+        return frame.assign(**words)[self.names] if words else frame
 
     def only(self, columns=None, categorical=None, keep=None):
         choice = ColumnChoice(columns, None, None, categorical, keep)
@@ -189,6 +198,14 @@ def _named(dataset):
             for path, fragment in zip(paths, fragments)]
 
 
+def _scan_options(fragment):
+    "Of Parquet the columns are read row group by row group, not the whole file ahead."
+    with extra("large"):
+        import pyarrow.dataset as ds
+    if not isinstance(fragment, ds.ParquetFileFragment): return {}
+    return {"fragment_scan_options": ds.ParquetFragmentScanOptions(pre_buffer=False)}
+
+
 @contextmanager
 def _naming(where):
     "Inside, an error of pyarrow's becomes a ValueError that names the file."
@@ -198,26 +215,25 @@ def _naming(where):
         raise ValueError(f"{where}: cannot be read: {error}") from None
 
 
-def _common_dtype(schema, choice):
-    "The one dtype of all numbers in X."
-    kinds = [schema.field(name).type for name in choice.columns if name not in choice.categorical]
-    names = {str(kind) for kind in kinds if _type_kind(kind) == "number"}
-    return np.dtype(np.float32 if names <= {"float", "halffloat"} else np.float64)
+def _words_among(schema, choice):
+    "The features that are categories: dictionaries, and those that are said to be."
+    kinds = {name: _type_kind(schema.field(name).type) for name in choice.columns}
+    return {name for name in kinds if kinds[name] == "category" or name in choice.categorical}
 
 
-def _feature(column, categorical, dtype):
-    "An Arrow column as numbers of `dtype`, or as a dictionary."
-    if categorical or _type_kind(column.type) == "category":
-        return column if _type_kind(column.type) == "category" else column.dictionary_encode()
-    if column.type == str(dtype).replace("float64", "double").replace("float32", "float"):
-        return column
-    with extra("large"):
-        import pyarrow as pa
-    return column.cast(pa.from_numpy_dtype(dtype), safe=False)
+def _common_dtype(schema, names):
+    "float32 where all numbers are single, else float64."
+    kinds = {str(schema.field(name).type) for name in names}
+    return np.dtype(np.float32 if kinds <= {"float", "halffloat"} else np.float64)
+
+
+def _dictionary(column):
+    "An Arrow column as one of codes."
+    return column if _type_kind(column.type) == "category" else column.dictionary_encode()
 
 
 def _values(column):
-    "A target or weight as numpy's: numbers, booleans, dates, else objects."
+    "A column as numpy's: numbers with NaN where there are holes, booleans, dates, else objects."
     with extra("large"):
         import pyarrow as pa
     if pa.types.is_dictionary(column.type):

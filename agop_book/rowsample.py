@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['RowSample', 'TargetMoments', 'LabelCounts']
 
-# %% ../nbs/workshop/rowsample.ipynb #45f5c382
+# %% ../nbs/workshop/rowsample.ipynb #c6ec513a
 import numpy as np
 import pandas as pd
 
-from .rowparts import categories_in
+from .rowparts import categories_in, number_values
 
-# %% ../nbs/workshop/rowsample.ipynb #8d67d7ab
+# %% ../nbs/workshop/rowsample.ipynb #68abffe9
 class _Slots:
     "Places for rows of one array; more are made when they are needed."
 
@@ -60,7 +60,7 @@ class _Words:
         except TypeError:
             return values
 
-# %% ../nbs/workshop/rowsample.ipynb #548212aa
+# %% ../nbs/workshop/rowsample.ipynb #c0c439d9
 class _Table:
     "The same for X: an array, or a frame of numbers and categories."
 
@@ -68,18 +68,15 @@ class _Table:
         self.framed = isinstance(X, pd.DataFrame)
         self.category = categories_in(X) if self.framed else np.zeros(X.shape[1], bool)
         self.names = X.columns if self.framed else None
-        self.numbers = _Slots(self._numbers(X), capacity)
+        self.numbers = _Slots(number_values(X), capacity)
         self.words = {name: _Words(X[name], capacity) for name in self._labels()}
 
     def _labels(self):
         return [] if self.names is None else self.names[self.category].tolist()
 
-    def _numbers(self, X):
-        return X.loc[:, ~self.category].to_numpy() if self.framed else X
-
     def put(self, slots, X, some):
         "Write some rows of a batch to their slots."
-        self.numbers.put(slots, self._numbers(X)[some])
+        self.numbers.put(slots, number_values(X)[some])
         for name, column in self.words.items():
             column.put(slots, X[name].iloc[some])
 
@@ -136,7 +133,7 @@ def _grown(values, slots):
     more = slots.max(initial=-1) + 1 - len(values)
     return values if more <= 0 else np.concatenate([values, np.zeros(more, values.dtype)])
 
-# %% ../nbs/workshop/rowsample.ipynb #7d679e17
+# %% ../nbs/workshop/rowsample.ipynb #c0e19874
 _LABELS = 10_000    # distinct labels at most: more are numbers of something, and fill the memory
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['rows_of', 'Scan', 'scan']
 
-# %% ../nbs/workshop/rowstream.ipynb #a76f2bf6
+# %% ../nbs/workshop/rowstream.ipynb #3f185c6d
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from .rowparts import ColumnChoice, is_label
 from .rowsample import LabelCounts, RowSample, TargetMoments
 from .rowtables import DaskRows, PassRows, TableRows, is_dask, is_table
 
-# %% ../nbs/workshop/rowstream.ipynb #25e07328
+# %% ../nbs/workshop/rowstream.ipynb #46ea9b3a
 def rows_of(
     X,                  # array, frame, tensor, file, folder, pattern, dataset, batches, `Rows`
     y=None,             # targets (n,) or (n, c) beside an array, a frame or a collection of Dask's
@@ -108,7 +108,7 @@ def _from_table(X, y, choice, size):
     _refuse(choice, None, "with an array, whose columns have no names; pass a frame")
     return made(X, y, w, None, size)
 
-# %% ../nbs/workshop/rowstream.ipynb #cb3a2108
+# %% ../nbs/workshop/rowstream.ipynb #4d6f3cf0
 class Scan(NamedTuple):
     "What one pass has found: a sample of k rows in the order of their keys, and what y holds."
     n: int                          # rows
@@ -152,6 +152,7 @@ def scan(
                 about.add(part.y, part.w)
             n += len(part.X)
             bar.update(len(part.X))
+            del part
     X, y, w, at, keys = sample.ordered()
     found = (None, None) if about is None else about.found()
     four = (None, None, *found) if isinstance(about, LabelCounts) else (*found, None, None)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['table_files', 'is_dataset', 'FileRows']
 
-# %% ../nbs/workshop/rowfiles.ipynb #1dfd5179
+# %% ../nbs/workshop/rowfiles.ipynb #a968479f
 import glob
 import os
 from contextlib import contextmanager
@@ -16,10 +16,10 @@ import pandas as pd
 
 from .extras import extra
 from .rowchecks import Rows
-from .rowparts import ColumnChoice, Part
+from .rowparts import Part
 from .rowtables import rows_at_once
 
-# %% ../nbs/workshop/rowfiles.ipynb #a39f9187
+# %% ../nbs/workshop/rowfiles.ipynb #9072e67a
 _FORMATS = {".parquet": "parquet", ".pq": "parquet", ".feather": "feather", ".arrow": "feather",
             ".ipc": "feather"}
 
@@ -73,7 +73,7 @@ def _open(source):
     except (OSError, ValueError) as error:
         raise ValueError(f"{source}: cannot be read as {kind}: {error}") from None
 
-# %% ../nbs/workshop/rowfiles.ipynb #0b401558
+# %% ../nbs/workshop/rowfiles.ipynb #c8d2e5b0
 def _type_kind(kind):
     "What an Arrow type holds: number, category, words, or its name."
     with extra("large"):
@@ -110,7 +110,7 @@ def _refuse_differences(schema, first, names, where, where_first):
         raise ValueError(f"column {name!r} is {kinds[0]} in {where} and {kinds[1]} in "
                          f"{where_first}; write every file with the same types.")
 
-# %% ../nbs/workshop/rowfiles.ipynb #f3c42027
+# %% ../nbs/workshop/rowfiles.ipynb #821d66f7
 class FileRows(Rows):
     """The rows of Parquet or Feather files, or of a pyarrow dataset, in the order of its files.
 
@@ -120,16 +120,17 @@ class FileRows(Rows):
 
     def __init__(self, source, choice, size=None):
         self._dataset = _open(source)
-        self._choice = choice.among(self._dataset.schema.names)
+        schema = self._dataset.schema
+        self._choice = choice.among(schema.names, _index_of(schema))
         self._asked_size = size
         self.names = self._choice.columns
         self._size = size or rows_at_once(len(self.names))
         self._fragments = _named(self._dataset)
         self.n = 0
         self._look()
-        self._words = _words_among(self._dataset.schema, self._choice)
+        self._words = _words_among(schema, self._choice)
         numbers = [name for name in self.names if name not in self._words]
-        self._dtype = _common_dtype(self._dataset.schema, numbers)
+        self._dtype = _common_dtype(schema, numbers)
 
     def _look(self):
         "Read the headers of all files."
@@ -141,9 +142,9 @@ class FileRows(Rows):
             if not count: continue
             first = first or (schema, where)
             _refuse_differences(schema, first[0], self._choice.needed, where, first[1])
-        _refuse_types(self._dataset.schema, self._choice, self._fragments[0][0])
 
     def _parts(self):
+        _refuse_types(self._dataset.schema, self._choice, self._fragments[0][0])
         for where, fragment in self._fragments:
             with _naming(where):
                 batches = fragment.to_batches(
@@ -184,8 +185,14 @@ class FileRows(Rows):
         return frame.assign(**words)[self.names] if words else frame
 
     def only(self, columns=None, categorical=None, keep=None):
-        choice = ColumnChoice(columns, None, None, categorical, keep)
+        choice = self._choice.only(columns, categorical, keep)
         return FileRows(self._dataset, choice, self._asked_size)
+
+
+def _index_of(schema):
+    "The columns that hold the index of a frame of pandas."
+    about = schema.pandas_metadata or {}
+    return [name for name in about.get("index_columns", []) if isinstance(name, str)]
 
 
 def _named(dataset):

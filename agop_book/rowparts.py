@@ -6,7 +6,7 @@
 __all__ = ['Part', 'number_dtype', 'checked_features', 'categories_in', 'column_names', 'number_values', 'is_label',
            'checked_targets', 'checked_weights', 'ColumnChoice']
 
-# %% ../nbs/workshop/rowparts.ipynb #d432bac1
+# %% ../nbs/workshop/rowparts.ipynb #e257c8e6
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from .arrays import as_real
 from .matrices import frame_values
 from .terminal import did_you_mean
 
-# %% ../nbs/workshop/rowparts.ipynb #76428711
+# %% ../nbs/workshop/rowparts.ipynb #d095833b
 class Part(NamedTuple):
     "One batch of a table, as a source gives it or as the check leaves it."
     where: str           # what an error calls it: "batch 3", "part-0.parquet"
@@ -27,7 +27,7 @@ class Part(NamedTuple):
     w: object = None     # weights (b,)
     kept: object = None  # columns that go past the model: a frame or an Arrow batch
 
-# %% ../nbs/workshop/rowparts.ipynb #f9558d89
+# %% ../nbs/workshop/rowparts.ipynb #0a2c10a4
 def number_dtype(dtype     # of numbers: numpy's
                  ) -> np.dtype:
     "float32 where it holds all numbers of `dtype`, else float64."
@@ -120,7 +120,7 @@ def _refuse_words(label, column, name):
     raise ValueError(f"column {label!r} of {name} holds strings, as {word!r}; name it in "
                      f"categorical=[{label!r}], leave it out of columns=, or turn it into numbers.")
 
-# %% ../nbs/workshop/rowparts.ipynb #37f3a8d5
+# %% ../nbs/workshop/rowparts.ipynb #c74cc590
 def is_label(y    # checked targets, an array
              ) -> bool:
     "Whether targets are strings, booleans, dates or the like, and no numbers."
@@ -174,7 +174,7 @@ def checked_weights(w,      # array-like (b,); None: none
     raise ValueError(f"the weight of row {start + at:,} ({where}) is {w[at]}; weights are finite "
                      "and not negative.")
 
-# %% ../nbs/workshop/rowparts.ipynb #8a85a9db
+# %% ../nbs/workshop/rowparts.ipynb #e2964d9c
 class ColumnChoice(NamedTuple):
     "Which columns of a table are what. `among` checks them."
     columns: list | None = None            # the features; None: all others
@@ -183,14 +183,16 @@ class ColumnChoice(NamedTuple):
     categorical: list | None = None        # features that become categories
     keep: list | None = None               # columns that go past the model
 
-    def among(self, names):
-        "The same with every feature named; ValueError for names that are not there."
+    def among(self, names, index=()):
+        """The same with every feature named; ValueError for names that are not there.
+
+        Columns in `index` are no features unless they are named."""
         names = list(names)
         listed = {key: _listed(getattr(self, key)) for key in self._fields}
         for key, asked in listed.items():
             for name in asked:
                 self._refuse_unknown(key, name, names)
-        taken = {*listed["target"], *listed["weight"], *listed["keep"]}
+        taken = {*listed["target"], *listed["weight"], *listed["keep"], *index}
         columns = listed["columns"] or [name for name in names if name not in taken]
         if not columns: raise ValueError(f"no columns are left as features among {names}.")
         for name in listed["categorical"]:
@@ -202,6 +204,13 @@ class ColumnChoice(NamedTuple):
         if name in names: return
         raise ValueError(f"{key}={name!r} is no column: {did_you_mean(name, map(str, names))}"
                          f"the columns are {_short(names)}.")
+
+    def only(self, columns, categorical, keep):
+        "The choice of these features, of those that were chosen where none are named."
+        keep = self.keep if keep is None else keep
+        columns = columns or [name for name in self.columns if name not in keep]
+        words = self.categorical if categorical is None else categorical
+        return ColumnChoice(columns, None, None, [n for n in words if n in columns], keep)
 
     @property
     def needed(self):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['rows_at_once', 'TableRows', 'PassRows', 'DaskRows', 'is_dask', 'is_table']
 
-# %% ../nbs/workshop/rowtables.ipynb #5601d173
+# %% ../nbs/workshop/rowtables.ipynb #c9d146a8
 import numpy as np
 import pandas as pd
 import torch
@@ -13,9 +13,9 @@ import torch
 from .extras import extra
 from .points import blocks
 from .rowchecks import Rows
-from .rowparts import ColumnChoice, Part
+from .rowparts import Part
 
-# %% ../nbs/workshop/rowtables.ipynb #f8f764b3
+# %% ../nbs/workshop/rowtables.ipynb #127160e3
 # Bytes of a batch in float64: enough that Python's share of the work is small.
 _BATCH = 2**26
 _MOST = 2**16       # rows of a batch at most
@@ -26,7 +26,7 @@ def rows_at_once(d: int    # columns
     "Rows of a batch: 65,536 of a narrow table, fewer of a wide one."
     return max(1, min(_MOST, _BATCH // (8 * max(1, d))))
 
-# %% ../nbs/workshop/rowtables.ipynb #0b6bd672
+# %% ../nbs/workshop/rowtables.ipynb #1152b902
 class TableRows(Rows):
     """The rows of one array, frame or tensor X `(n, d)`, with y and weights `(n,)` or None.
 
@@ -51,8 +51,8 @@ class TableRows(Rows):
 
     def only(self, columns=None, categorical=None, keep=None):
         if self._choice is None: return super().only(columns, categorical, keep)
-        wanted = ColumnChoice(columns, None, None, categorical, keep)
-        return TableRows(self._X, None, None, wanted.among(self._X.columns), self._size)
+        wanted = self._choice.only(columns, categorical, keep).among(self._X.columns)
+        return TableRows(self._X, None, None, wanted, self._size)
 
 
 def _some(values, some):
@@ -68,7 +68,7 @@ def _part(where, X, y, w, choice):
     part = choice.part(where, frame)
     return part._replace(y=part.y if y is None else y, w=part.w if w is None else w)
 
-# %% ../nbs/workshop/rowtables.ipynb #8b16507a
+# %% ../nbs/workshop/rowtables.ipynb #51545ff3
 class PassRows(Rows):
     """Batches `X`, `(X, y)` or `(X, y, w)` of a function that gives an iterator, or of an iterable.
 
@@ -105,7 +105,7 @@ def _as_part(where, item):
         raise TypeError(f"{where} is {kind}; an array X, or a tuple (X, y) or (X, y, w) is needed.")
     return Part(where, *parts)
 
-# %% ../nbs/workshop/rowtables.ipynb #70a3f7e9
+# %% ../nbs/workshop/rowtables.ipynb #2779aaf9
 class DaskRows(Rows):
     """The rows of a dask.array or dask.dataframe, block by block, with y and weights like it.
 
@@ -135,7 +135,7 @@ class DaskRows(Rows):
     def only(self, columns=None, categorical=None, keep=None):
         if self._choice is None: return super().only(columns, categorical, keep)
         X = self._tables[0]
-        wanted = ColumnChoice(columns, None, None, categorical, keep).among(X.columns)
+        wanted = self._choice.only(columns, categorical, keep).among(X.columns)
         return DaskRows(X, choice=wanted, size=self._size)
 
 
@@ -172,7 +172,7 @@ def _aligned(values, X, name):
     raise ValueError(f"X comes in {_count(X)} blocks and {name} in {_count(values)}, of unknown "
                      "lengths; name the column with target= or weight=, or repartition both alike.")
 
-# %% ../nbs/workshop/rowtables.ipynb #63a551ce
+# %% ../nbs/workshop/rowtables.ipynb #4dbe5395
 def is_table(X    # anything
              ) -> bool:
     "Whether `X` is an array, frame or tensor, or looks like one: shape, dtypes, slices."

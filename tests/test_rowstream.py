@@ -138,6 +138,11 @@ def test_a_folder_per_value(tmp_path, frame):
     assert sorted(read[:, 1].tolist()) == sorted(table["year"].tolist())
 
 
+def test_the_index_of_a_frame_is_no_feature(frame, tmp_path):
+    frame.iloc[::-1].to_parquet(tmp_path / "t.parquet")
+    assert rows_of(tmp_path / "t.parquet", target="y", weight="w").names == NAMES
+
+
 def test_numbers_of_all_kinds(tmp_path):
     table = pd.DataFrame({"i": [1, 2, None], "b": [True, False, None], "f": [0.5, 1.5, 2.5]})
     table = table.astype({"i": "Int64", "b": "boolean", "f": "float32"}).assign(y=[1, 2, 3])
@@ -158,7 +163,7 @@ def test_categories(tmp_path, stored):
     asked = {"target": "y", "batch_size": 64}
     if stored == "words":
         with pytest.raises(ValueError, match="'colour' of t.parquet holds strings.*categorical="):
-            rows_of(tmp_path / "t.parquet", **asked)
+            scan(rows_of(tmp_path / "t.parquet", **asked), 10)
         with pytest.raises(ValueError, match="'colour' of X of batch 0 holds strings, as 'blue'"):
             list(rows_of(table.sort_values("colour"), **asked).batches())
         asked["categorical"] = ["colour"]
@@ -347,7 +352,7 @@ def test_columns_of_dates_and_lists(tmp_path):
     table = pa.table({"when": pa.array([1, 2], pa.timestamp("s")), "y": [1.0, 2.0]})
     pq.write_table(table, tmp_path / "t.parquet")
     with pytest.raises(TypeError, match="'when' of t.parquet holds timestamp"):
-        rows_of(tmp_path / "t.parquet", target="y")
+        scan(rows_of(tmp_path / "t.parquet", target="y"), 10)
 
 
 # --- a scan

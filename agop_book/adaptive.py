@@ -13,7 +13,6 @@ from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.validation import check_is_fitted
 
 from .arrays import is_number
-from .choosing import ChoosingRFM
 from .design import Identity, design_from_state
 from .devices import device as pick_device
 from .estimators import send
@@ -21,6 +20,7 @@ from .explain import explain, feature_importances
 from .folds import check_weights
 from .frames import FrameEncoder
 from .kernelrfm import RULES
+from .manyrows import ManyRowsRFM
 from .parameters import Rule, all_or_nothing, check_parameters, flag, or_auto
 from .probabilities import Calibration
 from .solvers import first
@@ -44,7 +44,7 @@ _ADAPTIVE = {
 }
 
 # %% ../nbs/workshop/adaptive.ipynb #efbc4fed
-class AdaptiveRFM(ChoosingRFM):
+class AdaptiveRFM(ManyRowsRFM):
     """A Recursive Feature Machine on tables that chooses what it was not told.
 
     Subclasses take the parameters of `RFMRegressor`."""
@@ -55,8 +55,11 @@ class AdaptiveRFM(ChoosingRFM):
     # --- a fit
 
     @all_or_nothing
-    def fit(self, X, y, X_val=None, y_val=None, M=None, sample_weight=None):
+    def fit(self, X, y=None, X_val=None, y_val=None, M=None, sample_weight=None):
         """Fit to rows `X` `(n, d)`, a frame or an array, and `y` `(n,)` or `(n, c)`.
+
+        `X` may also be what `agop_book.rowstream.rows_of` makes of files, memmaps and batches, with
+        the targets in it; of more rows than the dense solver takes, M is learned on a sample.
 
         With bandwidth="auto", or with lists to choose from, everything that is open is chosen on
         rows that M has not seen: on `X_val`, `y_val`, on the part `validation_fraction`, or in
@@ -68,10 +71,14 @@ class AdaptiveRFM(ChoosingRFM):
         KeyboardInterrupt through. Raises ValueError for bad input, MemoryError when X has too many
         rows."""
         check_parameters(self, self._rules)
+        validated = X_val is not None or y_val is not None or self.validation_fraction is not None
+        if self._goes_by_sample(X) and not validated:
+            self._refuse_a_start(M)
+            self._fit_by_sample(X, y, sample_weight)
+            return self
         going_on = self._going_on() if M is None else None
         X, y = self._check_fit(X, y)
         X, y, weights, each = self._weighed(X, y, sample_weight)
-        validated = X_val is not None or y_val is not None or self.validation_fraction is not None
         weighted = weights is not None or each is not None
         if self.chooses(validated, weighted):
             self._refuse_a_start(M)

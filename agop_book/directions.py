@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CUT', 'Directions', 'directions_of', 'ProjectedMachine']
 
-# %% ../nbs/workshop/directions.ipynb #37b825d9
+# %% ../nbs/workshop/directions.ipynb #bf81bf4c
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,7 +16,7 @@ from .machines import KernelMachine
 from .metrics import Shared
 from .points import Points
 
-# %% ../nbs/workshop/directions.ipynb #14be6e4e
+# %% ../nbs/workshop/directions.ipynb #977d4420
 CUT = 1e-5   # of the trace: below what single precision keeps of a kernel value
 
 
@@ -66,7 +66,7 @@ def _kept(values, cut):
     most = int((sums < (1 - cut) * sums[-1]).sum()) + 1
     return order[:most]
 
-# %% ../nbs/workshop/directions.ipynb #5f22deaa
+# %% ../nbs/workshop/directions.ipynb #fcba8962
 @dataclass(eq=False)
 class ProjectedMachine(KernelMachine):
     "A `KernelMachine` whose distances are taken in the directions of M alone."
@@ -77,14 +77,14 @@ class ProjectedMachine(KernelMachine):
         return directions_of(None if isinstance(self.M, Shared) else self.M, self.kernel)
 
     @cached_property
-    def _projected(self):
+    def compared_centers(self):
         "The centers in these directions."
         return self.directions(self.centers - self._shift)
 
     def _points(self, x=None):
         "Rows `x` (None: the centers) as the kernel wants them."
         if isinstance(self.M, Shared): return super()._points(x)
-        if x is None: return Points(self._projected)
+        if x is None: return Points(self.compared_centers)
         points = super()._points(x).x
         return Points(self.directions(points))
 

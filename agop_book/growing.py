@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Sample', 'Fitted', 'fit_part', 'outer_products', 'next_matrix', 'softened', 'cuts', 'Growth']
 
-# %% ../nbs/workshop/growing.ipynb #7ea57c74
+# %% ../nbs/workshop/growing.ipynb #796bb8ae
 import math
 import time
 from dataclasses import dataclass, field, replace
@@ -21,7 +21,7 @@ from .nystrom import Falkon
 from .partials import Block, LocalParts
 from .points import Points
 
-# %% ../nbs/workshop/growing.ipynb #c17113de
+# %% ../nbs/workshop/growing.ipynb #34eb28a2
 class Sample(NamedTuple):
     "Rows of a table in the columns that are compared, in random order."
     x: torch.Tensor       # (s, p)
@@ -29,7 +29,7 @@ class Sample(NamedTuple):
     w: torch.Tensor       # (s,), weights
     held: Block           # rows to judge by
     share: slice = slice(None)   # of the rows of a part, those of this process
-    together: bool = False       # whether there are other processes
+    together: bool = False       # whether other processes have the others
 
     def parts(self,
               rows: int,    # from the beginning
@@ -42,13 +42,18 @@ class Sample(NamedTuple):
     def loss(self, machine) -> float:
         "The weighted mean of squared errors at the rows to judge by, outputs summed."
         off = (machine(self.held.x) - self.held.Y).square().sum(1)
-        return float(self.held.w @ off / self.held.w.sum())
+        loss = float(self.held.w @ off / self.held.w.sum())
+        return self.agree(loss)
+
+    def agree(self, number: float) -> float:
+        "The number that the first process has."
+        return LocalParts([], self.together).agree(float(number))
 
     def variance(self) -> float:
         "The loss of a machine that says 0."
         return float(self.held.w @ self.held.Y.square().sum(1) / self.held.w.sum())
 
-# %% ../nbs/workshop/growing.ipynb #6eb5b13f
+# %% ../nbs/workshop/growing.ipynb #57c64859
 class Fitted(NamedTuple):
     "A fit on a part of the sample."
     kernel: Kernel      # its bandwidth counts typical distances
@@ -60,10 +65,10 @@ class Fitted(NamedTuple):
     loss: float         # at the rows to judge by
 
 
-def fit_part(sample: Sample,
+def fit_part(sample: Sample,     # whose first rows are taken
              kernel: Kernel,     # its bandwidth counts typical distances
              M: torch.Tensor,    # (p,) or (p, p)
-             reg: float,
+             reg: float,         # the ridge
              sizes: tuple,       # rows and centres
              error: float        # at which conjugate gradients may stop
              ) -> Fitted:
@@ -81,11 +86,11 @@ def fit_part(sample: Sample,
     machine = ProjectedMachine(near, centers, solver.coef(step.beta).to(centers), M)
     return Fitted(kernel, M, reg, rows, machine, step.number, sample.loss(machine))
 
-# %% ../nbs/workshop/growing.ipynb #1f31e5a6
+# %% ../nbs/workshop/growing.ipynb #d39a4c7f
 _AGOP_ROWS = 8192   # of a part: the mean of so many outer products is known to about a percent
 
 
-def outer_products(block: Block,
+def outer_products(block: Block,   # rows, targets and weights
                    machine,     # gives `gradients`
                    structure    # what is kept of the AGOP
                    ) -> torch.Tensor:   # float64
@@ -100,8 +105,8 @@ def outer_products(block: Block,
     return total
 
 
-def next_matrix(fit: Fitted,
-                sample: Sample,
+def next_matrix(fit: Fitted,      # its machine has the gradients
+                sample: Sample,   # at whose rows they are taken
                 structure    # what is kept of the AGOP
                 ) -> torch.Tensor:
     "AGOP^(1/2) of a fit at its rows, over its largest diagonal entry."
@@ -121,7 +126,7 @@ def softened(M: torch.Tensor   # (p,) or (p, p)
     eye = torch.eye(len(M), dtype=M.dtype, device=M.device)
     return (1 - _SOFT) * M / M.trace() + _SOFT / len(M) * eye
 
-# %% ../nbs/workshop/growing.ipynb #5d1412b9
+# %% ../nbs/workshop/growing.ipynb #a20f380d
 _GAPS = 3         # cuts that are tried
 _WIDE = 1.5       # ratio of neighbouring values that makes a gap
 _SMALL = 1e-4     # of the largest value: below, cutting changes nothing
@@ -147,7 +152,7 @@ def _with(values, vectors, top):
     left[top] = values[top]
     return left if vectors is None else (vectors * left) @ vectors.T
 
-# %% ../nbs/workshop/growing.ipynb #d8e0822b
+# %% ../nbs/workshop/growing.ipynb #16d55b6b
 _FIRST = 2500        # rows of the first part
 _CENTERS = 2000      # at most, while M is learned
 _TURNED = 0.9995     # cosine of two matrices in a row: from there on M no longer turns
@@ -193,7 +198,7 @@ class Growth:
         return fit
 
     def _row(self, stage, fit, seconds):
-        R = fit.machine.directions(fit.machine.centers[:1]).shape[1]
+        R = fit.machine.compared_centers.shape[1]
         return {"stage": stage, "rows": fit.rows, "centers": len(fit.machine.centers),
                 "loss": fit.loss, "val_score": 1 - fit.loss / self.sample.variance(),
                 "reg": fit.reg, "kernel": type(fit.kernel).__name__, "passes": fit.passes,
@@ -208,7 +213,7 @@ class Growth:
             if rows == sizes[len(sizes) // 2]:
                 self.tune(fit)
             new = next_matrix(fit, self.sample, self.structure)
-            still = cosine(new, M) > _TURNED
+            still = self.sample.agree(cosine(new, M)) > _TURNED
             M = new
             yield M
             if still and rows == sizes[-1]: return
@@ -254,15 +259,22 @@ class Growth:
             kernel = replace(kernel, bandwidth=kernel.bandwidth * factor)
         return self.fit(name, fit.M, fit.rows, kernel=kernel, reg=reg)
 
-    def widen(self):
-        "Doubles the centres, until that wins less than the stated error."
-        least = self.error * self.sample.variance()
-        rows = len(self.sample.x)
-        while 2 * len(self.best.machine.centers) <= min(self.most, rows // 2):
+    def widen(self, centers=None   # so many in any case; None: as many as pay
+              ):
+        "Doubles the centres of the best fit, until that wins less than the stated error."
+        least, rows = self.error * self.sample.variance(), len(self.sample.x)
+        if centers is not None:
+            self.best = self._with_centers(min(centers, rows))
+        while not centers and 2 * len(self.best.machine.centers) <= min(self.most, rows // 2):
             before = self.best
-            self.fit("centers", before.M, rows, 2 * len(before.machine.centers),
-                     kernel=before.kernel, reg=before.reg)
+            self.best = self._with_centers(2 * len(before.machine.centers))
             if before.loss - self.best.loss < least: return
+
+    def _with_centers(self, count):
+        "The best fit on the whole sample, with so many centres."
+        best = self.best
+        return self.fit("centers", best.M, len(self.sample.x), count, kernel=best.kernel,
+                        reg=best.reg)
 
 
 def _loss(fit):

@@ -15,13 +15,15 @@ from sklearn.base import RegressorMixin
 from sklearn.utils.validation import check_is_fitted
 
 from .arrays import to_family
+from .directions import ProjectedMachine
 from .estimators import BaseRFM
+from .iterative import Nystrom, solver_of
 from .kernels import KERNELS, Kernel
 from .machines import KernelMachine
 from .matrices import matrix_power
 from .metrics import apply_metric, check_metric
 from .modelfiles import kernel_from_header, kernel_to_header
-from .parameters import Rule, flag, number, one_of, or_auto, several
+from .parameters import Rule, flag, number, or_auto, several
 from .solvers import SOLVERS
 from .structures import STRUCTURES
 
@@ -36,6 +38,14 @@ def _kernels():
 
 def _is_metric(value):
     return value in STRUCTURES
+
+
+def _is_solver(value):
+    return isinstance(value, Nystrom) or value == "auto" or value in SOLVERS
+
+
+def _solvers():
+    return f"'auto', a Nystrom or one of {', '.join(map(repr, SOLVERS))}"
 
 
 def _metrics():
@@ -56,7 +66,7 @@ RULES = {
                                   "None or a number between 0 and 1", none=True),
     "memory_limit": number(np.nextafter(0, 1), np.inf, "None or a number of bytes above 0",
                            none=True),
-    "solver": one_of(SOLVERS),
+    "solver": Rule(_is_solver, _solvers),
     "metric": or_auto(several(Rule(_is_metric, _metrics))),
     "channels": number(1, 2**31, "None or an integer of at least 1: the maps in a row",
                        numbers.Integral, none=True),
@@ -113,8 +123,20 @@ class KernelRFM(BaseRFM):
         n, d = len(X), self._columns(X)
         self._check_structure(d)
         itemsize = 4 if device.type == "cuda" else X.itemsize
-        SOLVERS[self.solver].plan(n, d, c * len(self._regs()), itemsize, self._limit(device),
-                                  self._structure(d), self.n_iter)
+        self._solver_for(n, d, c * len(self._regs()), itemsize, device, self._structure(d),
+                         self.n_iter)
+
+    def _solver_for(self, n, d, c, itemsize, device, structure, n_iter=0):
+        "What makes the solver; MemoryError where it, or with 'auto' any, lacks the memory."
+        sizes = n, d, c, itemsize, self._limit(device), structure, n_iter
+        made = solver_of(self.solver, n)
+        try:
+            made.plan(*sizes)
+        except MemoryError:
+            if self.solver != "auto" or isinstance(made, Nystrom): raise
+            made = solver_of("auto", n, fits=False)
+            made.plan(*sizes)
+        return made
 
     def _columns(self, X):
         "How many columns the kernel sees of rows `X`."
@@ -132,9 +154,11 @@ class KernelRFM(BaseRFM):
         return None
 
     def _solver(self, X, Y):
-        d = X.shape[1]
-        return SOLVERS[self.solver](self._kernels(d)[0], X, Y, self._regs(), self._structure(d),
-                                    self._centers(), self._row_weights(X))
+        d, regs = X.shape[1], self._regs()
+        made = self._solver_for(len(X), d, Y.shape[1] * len(regs), X.element_size(), X.device,
+                                self._structure(d), self.n_iter)
+        return made(self._kernels(d)[0], X, Y, regs, self._structure(d), self._centers(),
+                    self._row_weights(X))
 
     def _identity(self, X):
         return self._structure(X.shape[1]).identity(X)
@@ -186,16 +210,22 @@ class KernelRFM(BaseRFM):
         params = {**self.get_params(deep=False), "random_state": None,
                   "kernel": kernel_to_header(self.kernel)}
         params |= {name: _plain(params[name]) for name in ("bandwidth", "reg", "metric")}
-        return {"params": params, "kernel": kernel_to_header(self.machine_.kernel)}
+        if isinstance(self.solver, Nystrom):
+            params["solver"] = self.solver.get_params()
+        return {"params": params, "kernel": kernel_to_header(self.machine_.kernel),
+                "projected": isinstance(self.machine_, ProjectedMachine)}
 
     @classmethod
     def _rebuilt(cls, meta, arrays):
         params = {**meta["params"], "kernel": kernel_from_header(meta["params"]["kernel"])}
+        if isinstance(params.get("solver"), dict):
+            params["solver"] = Nystrom(**params["solver"])
         model = cls(**params)
         d = model.n_features_in_ = arrays["centers"].shape[1]
         M = model._structure(d).on_rows(arrays["M_"])
         kernel = kernel_from_header(meta["kernel"])
-        return model, KernelMachine(kernel, arrays["centers"], arrays["coef"], M)
+        made = ProjectedMachine if meta.get("projected") else KernelMachine
+        return model, made(kernel, arrays["centers"], arrays["coef"], M)
 
 
 def _plain(value):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Tiles', 'moments', 'normal_products', 'squared_errors', 'Step', 'Falkon']
 
-# %% ../nbs/workshop/nystrom.ipynb #6d4afa5d
+# %% ../nbs/workshop/nystrom.ipynb #c0e68d11
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from .kernels import Kernel, Radial
 from .points import Points
 
-# %% ../nbs/workshop/nystrom.ipynb #796c6800
+# %% ../nbs/workshop/nystrom.ipynb #757e1bfb
 _ENTRIES = 2**22   # of a tile: larger ones leave the caches, smaller ones pay for each call
 _FAR = 30.0        # bandwidths from the middle: at most 1 % of a bandwidth is then rounded away
 
@@ -41,7 +41,7 @@ class Tiles:
         rows = torch.cat([-2 * left.x, torch.stack([left.sq, ones]).T], 1)
         return self.kernel.phi((rows @ self.columns).clamp_(min=0).sqrt_())
 
-# %% ../nbs/workshop/nystrom.ipynb #c267b588
+# %% ../nbs/workshop/nystrom.ipynb #9d27edc7
 def _by_tile(block, tiles):
     "Yields the tile, targets and weights `(b, 1)` (or 1) of every piece of a block."
     for piece in block.pieces(tiles.rows):
@@ -70,7 +70,7 @@ def squared_errors(block,               # `Block`
     "The weighted squares of K coef - Y."
     return sum((w * (K @ coef - Y).square()).double().sum(0) for K, Y, w in _by_tile(block, tiles))
 
-# %% ../nbs/workshop/nystrom.ipynb #f565b86e
+# %% ../nbs/workshop/nystrom.ipynb #acc8dedd
 class Step(NamedTuple):
     "Where conjugate gradients have come to."
     number: int             # of passes over the rows
@@ -94,7 +94,7 @@ class Falkon:
         self.parts = parts
         self.squares = squares.double().clamp(min=torch.finfo(torch.float64).tiny)
         self.reg = reg
-        self.T = _factor(kernel(centers.double()), 0)
+        self.T = _factor(kernel(centers.double()), 10 * torch.finfo(centers.dtype).eps)
         self.A = _factor((total / len(centers)) * (self.T @ self.T.T), reg)
 
     def coef(self, beta: torch.Tensor) -> torch.Tensor:
@@ -122,7 +122,7 @@ class Falkon:
         return self._step(1, beta, r, r)
 
     def _step(self, number, beta, r, direction):
-        left = float((r.square().sum(0) / self.squares).max())
+        left = self.parts.agree(float((r.square().sum(0) / self.squares).max()))
         return Step(number, left, beta, r, direction)
 
     def steps(self, step: Step,
@@ -132,22 +132,25 @@ class Falkon:
         "Yields a `Step` after every pass, until the residual is small."
         while step.residual > error and step.number < most:
             step = self.next(step)
+            if step is None: return
             yield step
 
-    def next(self, step: Step) -> Step:
-        "One pass over all rows."
+    def next(self, step: Step):
+        "One pass over all rows; None where rounding leaves no direction that goes down."
         _, _, beta, r, p = step[:5]
         q, tiny = self._apply(p), torch.finfo(r.dtype).tiny
-        old = r.square().sum(0)
-        length = old / (p * q).sum(0).clamp(min=tiny)
+        old, curvature = r.square().sum(0), (p * q).sum(0)
+        down = curvature > tiny
+        if not down.any(): return None
+        length = torch.where(down, old / curvature.clamp(min=tiny), 0)
         beta, r = beta + length * p, r - length * q
         return self._step(step.number + 1, beta, r, r + r.square().sum(0) / old.clamp(min=tiny) * p)
 
 
-def _factor(S, reg):
-    "The upper Cholesky factor of S + reg; a little more where rounding needs it."
+def _factor(S, more):
+    "The upper Cholesky factor of S with more on its diagonal, and a little for rounding."
     jitter = 10 * len(S) * torch.finfo(S.dtype).eps * float(S.diagonal().mean())
-    S.diagonal().add_(reg + jitter)
+    S.diagonal().add_(more + jitter)
     L, info = torch.linalg.cholesky_ex(S, upper=True)
     if not info: return L
     raise ValueError("the kernel between the centres is not positive definite; rescale X, or "

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['Block', 'LocalParts', 'ClusterParts']
 
-# %% ../nbs/workshop/partials.ipynb #ca514531
+# %% ../nbs/workshop/partials.ipynb #75e9c342
 from typing import NamedTuple
 
 import torch
 
 from .extras import extra
-from .processes import all_sum
+from .processes import all_sum, from_first
 
-# %% ../nbs/workshop/partials.ipynb #ad1157e8
+# %% ../nbs/workshop/partials.ipynb #3d4a0db3
 class Block(NamedTuple):
     "Some rows of a table, ready for a kernel."
     x: torch.Tensor          # (b, p), rows
@@ -28,7 +28,7 @@ class Block(NamedTuple):
             rows = slice(start, start + size)
             yield Block(self.x[rows], self.Y[rows], None if self.w is None else self.w[rows])
 
-# %% ../nbs/workshop/partials.ipynb #ca5d9c9e
+# %% ../nbs/workshop/partials.ipynb #46a1c7e4
 class LocalParts:
     "Blocks of this process; with `together`, what all processes hold is one table."
 
@@ -46,7 +46,12 @@ class LocalParts:
             total = total + function(block, *args)
         return all_sum(total, in_place=True) if self.together else total
 
-# %% ../nbs/workshop/partials.ipynb #2ed2d3c9
+    def agree(self, number: float) -> float:
+        "A number of which all processes may have computed their own: the first one's."
+        if not self.together: return number
+        return float(from_first(torch.tensor(number, dtype=torch.float64)))
+
+# %% ../nbs/workshop/partials.ipynb #99165a0c
 class ClusterParts:
     "Blocks that live on the workers of a Dask cluster."
 
@@ -69,6 +74,10 @@ class ClusterParts:
             total = total + _of_worker(future)
             future.release()
         return total
+
+    def agree(self, number: float) -> float:
+        "`number`: there is one process that decides."
+        return number
 
 
 def _applied(function, block, *args):

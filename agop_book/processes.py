@@ -7,11 +7,15 @@ __all__ = ['is_distributed', 'all_or_none', 'all_sum', 'all_max', 'from_first']
 
 # %% ../nbs/workshop/processes.ipynb #7ed8856d
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 # %% ../nbs/workshop/processes.ipynb #637fb393
+_PATIENCE = timedelta(seconds=10)     # the others notice a broken connection within one or two
+
+
 def is_distributed() -> bool:
     "Whether torch.distributed has joined this process to others."
     return dist.is_available() and dist.is_initialized()
@@ -22,8 +26,35 @@ def _combined(t, op):
     work = t
     if t.is_cuda != (dist.get_backend() == "nccl"):
         work = t.cuda() if t.device.type == "cpu" else t.cpu()
-    dist.all_reduce(work, op)
+    try:
+        dist.all_reduce(work, op)
+    except RuntimeError as error:
+        names = ", ".join(map(str, _silent())) or "?"
+        failed = RuntimeError(f"process {names} of {dist.get_world_size()} has died, and what it "
+                              "held is lost; start all of them again.")
+        failed.told = True      # nobody is left who could be told
+        raise failed from error
     return work.to(t.device)
+
+
+def _silent():
+    "The processes that do not answer, within some seconds."
+    store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
+    others = [other for other in range(dist.get_world_size()) if other != rank]
+    try:
+        store.set(f"agop_book alive {rank}", "yes")
+        return [other for other in others if not _answers(store, other)]
+    except dist.DistNetworkError:
+        return [0]          # it held the store
+
+
+def _answers(store, rank):
+    "Whether a process has said that it is there."
+    try:
+        store.wait([f"agop_book alive {rank}"], _PATIENCE)
+    except dist.DistStoreError:     # it has not, in all this time
+        return False
+    return True
 
 # %% ../nbs/workshop/processes.ipynb #db0d35df
 def _exchange(well=True):

@@ -32,7 +32,8 @@ class RFMRegressor(Regression, AdaptiveRFM):
         "auto" is False where bandwidth is "auto" [True for regression, False for classes].
     validation_fraction : hold out this part of the rows and keep what scores best on it; None:
         what is chosen is chosen in three folds, and a plain fit keeps the last round.
-    solver : "cholesky", or another name in `SOLVERS`.
+    solver : "auto", the dense solver where it fits and pays, else the iterative one; "cholesky";
+        "nystrom"; or `Nystrom(error=..., centers=..., sample=..., together=...)`.
     warm_start : go on from the `M_` of the previous fit, for the rounds that are missing up to
         `n_iter`; for one bandwidth only.
     memory_limit : bytes that may be used; None: what is free.
@@ -59,7 +60,7 @@ class RFMRegressor(Regression, AdaptiveRFM):
         diag=False,
         center="auto",
         validation_fraction=None,
-        solver="cholesky",
+        solver="auto",
         warm_start=False,
         memory_limit=None,
         verbose=False,
@@ -106,7 +107,7 @@ class RFMClassifier(Probabilities, Classification, AdaptiveRFM):
         diag=False,
         center="auto",
         validation_fraction=None,
-        solver="cholesky",
+        solver="auto",
         warm_start=False,
         memory_limit=None,
         verbose=False,

@@ -132,11 +132,27 @@ class DaskRows(Rows):
             for some in blocks(len(X), self._size):
                 yield _part(f"block {i}", *(_some(v, some) for v in (X, y, w)), self._choice)
 
+    def delayed(self) -> list:
+        "For every block what `batches` yields of it, to be computed where it is."
+        with extra("large"):
+            import dask
+        pieces = ([_piece(table, i) for table in self._tables]
+                  for i in range(_count(self._tables[0])))
+        return [dask.delayed(_batch)(self._choice, *three) for three in pieces]
+
     def only(self, columns=None, categorical=None, keep=None):
         if self._choice is None: return super().only(columns, categorical, keep)
         X = self._tables[0]
         wanted = self._choice.only(columns, categorical, keep).among(X.columns)
         return DaskRows(X, choice=wanted, size=self._size)
+
+
+def _batch(choice, X, y, w):
+    "The batch of a block: checked, or empty."
+    rows = TableRows(X, y, w, choice, max(1, len(X)))
+    if len(X): return next(iter(rows.batches()))
+    part = _part("a block", X, y, w, choice)
+    return part.X, part.y, part.w
 
 
 def is_dask(table    # anything

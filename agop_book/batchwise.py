@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['predict_rows']
 
-# %% ../nbs/workshop/batchwise.ipynb #93c0e0cd
+# %% ../nbs/workshop/batchwise.ipynb #76e6fe56
 import os
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -20,7 +20,7 @@ from .files import check_writable
 from .rowparts import categories_in
 from .rowstream import rows_of
 
-# %% ../nbs/workshop/batchwise.ipynb #f980135a
+# %% ../nbs/workshop/batchwise.ipynb #b04e17f0
 class _ArrayFile:
     "A .npy file to which rows are appended."
 
@@ -70,7 +70,7 @@ class _ParquetFile:
             import pyarrow
             import pyarrow.parquet
         self._arrow = pyarrow
-        self._file = open(path, "xb")
+        self._path = path
         self._labels = labels       # of the columns of a matrix; None: numbers
         self._writer = None
 
@@ -78,7 +78,7 @@ class _ParquetFile:
         "Append values (b,) or (b, c), and the kept columns (b, k) or None."
         table = self._table(values, kept)
         if self._writer is None:
-            self._writer = self._arrow.parquet.ParquetWriter(self._file, table.schema)
+            self._writer = self._arrow.parquet.ParquetWriter(self._path, table.schema)
         self._writer.write_table(table.cast(self._writer.schema))
 
     def _table(self, values, kept):
@@ -102,24 +102,22 @@ class _ParquetFile:
     def finish(self):
         "Write the footer, and all of it to the disk."
         self._writer.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self.close()
+        with open(self._path, "rb+") as file:
+            os.fsync(file.fileno())
 
     def close(self):
         "Let go of the file."
+        if self._writer is None: return
         with suppress(OSError, ValueError):
-            if self._writer is not None:
-                self._writer.close()
-        with suppress(OSError):
-            self._file.close()
+            self._writer.close()
+        self._writer.is_open = False        # or it would try again when it is forgotten
 
 
 def _new_file(path, kind, labels):
     "An empty file of a kind."
     return _ArrayFile(path) if kind == ".npy" else _ParquetFile(path, labels)
 
-# %% ../nbs/workshop/batchwise.ipynb #59495690
+# %% ../nbs/workshop/batchwise.ipynb #2698a9ca
 def _questions(model, rows, keep):
     "The rows with the columns that the model knows as X, and those that are kept."
     names = getattr(model, "feature_names_in_", None)
@@ -161,7 +159,7 @@ def _write(answer, rows, file, done, progress):
             del part
         file.finish()
 
-# %% ../nbs/workshop/batchwise.ipynb #eebacef1
+# %% ../nbs/workshop/batchwise.ipynb #5f82b13e
 class _Done:
     "How many rows are done."
 
@@ -195,7 +193,7 @@ def _of(done, n):
     "The rows that are done, of how many."
     return f"{len(done):,} rows" if n is None else f"{len(done):,} of {n:,} rows"
 
-# %% ../nbs/workshop/batchwise.ipynb #0ac8e94f
+# %% ../nbs/workshop/batchwise.ipynb #1025803b
 def predict_rows(
     model,                # a fitted estimator, of this book or of scikit-learn
     rows,                 # `Rows`, or what `rows_of` takes: a path, an array, batches, ...

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LinearRegression, LogisticRegression
@@ -231,7 +232,15 @@ def test_a_disk_that_fills(kind, tmp_path, monkeypatch):
         def __getattr__(self, name):
             return getattr(self.file, name)
 
+    write_table = pq.ParquetWriter.write_table
+
+    def until_full(self, table):
+        if Path(self.where).stat().st_size > 2000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_table(self, table)
+
     monkeypatch.setattr(batchwise, "open", lambda *a: Full(open(*a)), raising=False)
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", until_full)
     X = np.random.default_rng(0).normal(size=(N, 2))
     with pytest.raises(OSError, match=r"No space left on device, after \d00 of 500 rows") as error:
         silent(LinearRegression().fit(X, X), rows_of(X, batch_size=100), tmp_path / f"p.{kind}")

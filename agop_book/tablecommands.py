@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['add_table_commands', 'bytes_of', 'fit_rows', 'open_model']
 
-# %% ../nbs/workshop/tablecommands.ipynb #f6838285
+# %% ../nbs/workshop/tablecommands.ipynb #a33cdfc0
 import inspect
 import os
 import re
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 from .terminal import UsageError
 
-# %% ../nbs/workshop/tablecommands.ipynb #1a1fa599
+# %% ../nbs/workshop/tablecommands.ipynb #ccd0f0b1
 _DATA = ("a Parquet or Feather file, a folder or a quoted pattern of them, a .npy file of X, or a "
          "CSV file that fits in memory")
 
@@ -82,7 +82,7 @@ def bytes_of(text    # such as "4GB", "500 MB", "2GiB"; None stays
     number, prefix, binary = found.groups()
     return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix or " "))
 
-# %% ../nbs/workshop/tablecommands.ipynb #adaf4c94
+# %% ../nbs/workshop/tablecommands.ipynb #040dff5f
 @contextmanager
 def _usage():
     "Inside, what the caller got wrong ends in a sentence."
@@ -127,7 +127,7 @@ def _check_target(rows, classify):
     raise UsageError(f"the target holds {y.dtype if y.dtype.kind != 'O' else 'words'}, as "
                      f"{y[0]!r}, which are classes: add --classify, or make them numbers")
 
-# %% ../nbs/workshop/tablecommands.ipynb #3cf6e08b
+# %% ../nbs/workshop/tablecommands.ipynb #39c386f8
 class _End:
     "The exit code of a command."
     code = 0
@@ -146,7 +146,7 @@ def _in_a_sentence(left):
         stop.said = getattr(stop, "said", f"interrupted. {left}")
         raise
 
-# %% ../nbs/workshop/tablecommands.ipynb #4c4b0f49
+# %% ../nbs/workshop/tablecommands.ipynb #c670f6b7
 def fit_rows(model,             # an estimator
              rows,              # `Rows` with targets
              checkpoint=None    # file for finished rounds
@@ -198,7 +198,7 @@ def _say_fit(model, rows, seconds, out):
     print(f"{rows.n:,} rows in {seconds:.1f} s; {what} {score:.4f} on {where}")
     print(f"model in {out}")
 
-# %% ../nbs/workshop/tablecommands.ipynb #2affb29c
+# %% ../nbs/workshop/tablecommands.ipynb #9ba7d3b1
 def open_model(path    # a file that save() wrote
                ):      # a fitted RFMRegressor or RFMClassifier
     "The model in a file. FileNotFoundError, or ValueError for files of another kind."

@@ -165,7 +165,8 @@ def test_wrong_calls_of_predict(model, capsys):
 
 @pytest.mark.parametrize("stop, code", [((), 130), ((signal.SIGTERM,), 143)])
 def test_interrupted_while_predicting(model, monkeypatch, tmp_path, capsys, stop, code):
-    def predict(self, X): raise KeyboardInterrupt(*stop)
+    def predict(self, X):
+        raise KeyboardInterrupt(*stop)
     monkeypatch.setattr(RFMRegressor, "predict", predict)
     (tmp_path / "p.npy").write_bytes(b"old")
     found, _, err = run("predict m.safetensors t.parquet --out p.npy", capsys)
@@ -176,7 +177,8 @@ def test_interrupted_while_predicting(model, monkeypatch, tmp_path, capsys, stop
 
 
 def test_interrupted_while_fitting(table, monkeypatch, tmp_path, capsys):
-    def stop(*arguments): raise KeyboardInterrupt
+    def stop(*arguments):
+        raise KeyboardInterrupt
     monkeypatch.setattr(tablecommands, "fit_rows", stop)
     code, _, err = run(FIT, capsys)
     assert code == 130 and "interrupted. Nothing is saved." in err
@@ -186,7 +188,8 @@ def test_interrupted_while_fitting(table, monkeypatch, tmp_path, capsys):
 
 
 def test_a_disk_that_fills(model, monkeypatch, capsys):
-    def predict(self, X): raise OSError(errno.ENOSPC, "No space left on device")
+    def predict(self, X):
+        raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(RFMRegressor, "predict", predict)
     code, _, err = run("predict m.safetensors t.parquet --out p.npy", capsys)
     assert code == 1 and "[Errno 28] No space left on device, after 0 of 200 rows" in err

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['answers_kind', 'rows_for', 'predict_rows']
 
-# %% ../nbs/workshop/batchwise.ipynb #21ca4c27
+# %% ../nbs/workshop/batchwise.ipynb #a5cec09d
 import os
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -20,7 +20,7 @@ from .files import check_writable
 from .rowparts import categories_in
 from .rowstream import rows_of
 
-# %% ../nbs/workshop/batchwise.ipynb #ea8a3267
+# %% ../nbs/workshop/batchwise.ipynb #2433c304
 class _ArrayFile:
     "A .npy file to which rows are appended."
 
@@ -129,7 +129,7 @@ def _new_file(path, kind, labels):
     "An empty file of a kind."
     return _ArrayFile(path) if kind == ".npy" else _ParquetFile(path, labels)
 
-# %% ../nbs/workshop/batchwise.ipynb #41e3d10d
+# %% ../nbs/workshop/batchwise.ipynb #77f4fe70
 def rows_for(model,     # a fitted estimator
              rows,      # `Rows`
              keep=()    # columns that go past the model
@@ -176,7 +176,7 @@ def _write(answer, rows, file, done, progress):
             del part
         file.finish()
 
-# %% ../nbs/workshop/batchwise.ipynb #dc49f487
+# %% ../nbs/workshop/batchwise.ipynb #453dc9c9
 class _Done:
     "How many rows are done."
 
@@ -198,8 +198,9 @@ def _telling(out, n):
     try:
         yield done
     except OSError as error:
-        raise OSError(error.errno, f"{error.strerror or error}, after {_of(done, n)}; {out} is as "
-                      "it was. Make room, or name a file on another disk.") from error
+        why = os.strerror(error.errno) if error.errno else error
+        raise OSError(error.errno, f"{why}, after {_of(done, n)}; {out} is as it was. Make room, "
+                      "or name a file on another disk.") from error
     except KeyboardInterrupt as stop:
         stop.said = f"interrupted after {_of(done, n)}; {out} is as it was."
         stop.args = stop.args or (stop.said,)
@@ -210,7 +211,7 @@ def _of(done, n):
     "The rows that are done, of how many."
     return f"{len(done):,} rows" if n is None else f"{len(done):,} of {n:,} rows"
 
-# %% ../nbs/workshop/batchwise.ipynb #903a399f
+# %% ../nbs/workshop/batchwise.ipynb #365853d1
 def predict_rows(
     model,                # a fitted estimator, of this book or of scikit-learn
     rows,                 # `Rows`, or what `rows_of` takes: a path, an array, batches, ...

@@ -9,7 +9,7 @@ config = ConfigParser(delimiters=["="], interpolation=None)
 config.read(ROOT / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 
-EXTRAS = ("book", "vision", "text")
+EXTRAS = ("book", "vision", "text", "large")
 extras = {name: cfg[f"{name}_requirements"].split() for name in EXTRAS}
 extras["dev"] = [*sum(extras.values(), []), *cfg["dev_requirements"].split()]
 

@@ -16,11 +16,13 @@ from importlib.util import find_spec
 
 import agop_book
 from .extras import MissingExtra
+from .tablecommands import add_table_commands
 from .terminal import UsageError, steady_output
 
 # %% ../nbs/workshop/cli.ipynb #b3bf7aaa
 _CORE = ("numpy", "scipy", "torch", "scikit-learn", "pandas")
-_EXTRAS = {"book": "nbclient", "vision": "torchvision", "text": "transformers"}
+_EXTRAS = {"book": "nbclient", "vision": "torchvision", "text": "transformers",
+           "large": "pyarrow"}
 
 
 def _about(args):
@@ -80,6 +82,7 @@ def _parser(chapters_in):
                     "Finished figures are kept."))
     _add_out(command(_list, "chapters, their figures, and what is finished"))
     command(_data, "which data sets are found where, and how to get the missing ones")
+    add_table_commands(command)
     return parser
 
 
@@ -99,6 +102,9 @@ def _add_out(command):
                                                       "else ./agop_book_out)")
 
 # %% ../nbs/workshop/cli.ipynb #c852b60b
+_KEPT = "interrupted. Finished figures are kept: the same command goes on from there."
+
+
 def _catch():
     "Let a polite end (SIGTERM) and a closed terminal (SIGHUP) end the run as Ctrl-C does."
     def stop(number, frame):
@@ -137,8 +143,8 @@ def _command(argv, chapters_in):
     except MissingExtra as error:
         return _say(error, 1)
     except KeyboardInterrupt as stop:
-        return _say("interrupted. Finished figures are kept: the same command goes on from there.",
-                    128 + (stop.args[0] if stop.args else signal.SIGINT), "\n")
+        return _say(getattr(stop, "said", _KEPT),
+                    128 + next((n for n in stop.args if isinstance(n, int)), signal.SIGINT), "\n")
 
 
 def _say(error, code, before=""):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Rows']
 
-# %% ../nbs/workshop/rowchecks.ipynb #fd89973d
+# %% ../nbs/workshop/rowchecks.ipynb #1b9820b0
 import numpy as np
 import pandas as pd
 
@@ -20,7 +20,7 @@ from agop_book.rowparts import (
     number_values,
 )
 
-# %% ../nbs/workshop/rowchecks.ipynb #818915ba
+# %% ../nbs/workshop/rowchecks.ipynb #2462c09e
 _REMEDY = {
     "columns": "give every batch the same columns.",
     "names": "bring the columns into one order, under one set of names.",
@@ -110,11 +110,11 @@ def _kind(y):
     shape = "(b,)" if y.ndim == 1 else f"(b, {y.shape[1]})"
     return f"{'labels' if is_label(y) else 'numbers'} of shape {shape}"
 
-# %% ../nbs/workshop/rowchecks.ipynb #8d743805
+# %% ../nbs/workshop/rowchecks.ipynb #7e208047
 class Rows:
     """A table as batches of rows, which can be read again and again.
 
-    `n`: rows, None where that is known only after a first pass; `names`: of the columns, or None;
+    `n`: rows, `names`: of the columns; each None where only a first pass can tell, or nothing.
     `missing`: (row, column) of the first NaN that the last pass has met, or None. A subclass gives
     `_parts`, which yields a `Part` for every batch. Rows are counted from 0, over all parts."""
 
@@ -138,6 +138,7 @@ class Rows:
             if len(part.X) == 0: continue
             part = check(part)
             self.missing = check.missing
+            self.names = self.names or check.look.get("names")
             yield part
             del part                # or it would be there beside the next
         self._finish(check, count)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['table_files', 'is_dataset', 'FileRows']
 
-# %% ../nbs/workshop/rowfiles.ipynb #a968479f
+# %% ../nbs/workshop/rowfiles.ipynb #45226653
 import glob
 import os
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ from .rowchecks import Rows
 from .rowparts import Part
 from .rowtables import rows_at_once
 
-# %% ../nbs/workshop/rowfiles.ipynb #9072e67a
+# %% ../nbs/workshop/rowfiles.ipynb #fe09384d
 _FORMATS = {".parquet": "parquet", ".pq": "parquet", ".feather": "feather", ".arrow": "feather",
             ".ipc": "feather"}
 
@@ -73,14 +73,16 @@ def _open(source):
     except (OSError, ValueError) as error:
         raise ValueError(f"{source}: cannot be read as {kind}: {error}") from None
 
-# %% ../nbs/workshop/rowfiles.ipynb #c8d2e5b0
+# %% ../nbs/workshop/rowfiles.ipynb #f70bdaa8
 def _type_kind(kind):
     "What an Arrow type holds: number, category, words, or its name."
     with extra("large"):
         import pyarrow.types as t
     tests = {"number": (t.is_integer, t.is_floating, t.is_decimal, t.is_boolean, t.is_null),
              "category": (t.is_dictionary,),
-             "words": (t.is_string, t.is_large_string, t.is_string_view, t.is_binary)}
+             # views are younger than the oldest pyarrow that is enough
+             "words": (t.is_string, t.is_large_string, t.is_binary, t.is_large_binary,
+                       getattr(t, "is_string_view", t.is_string))}
     found = [name for name, several in tests.items() if any(test(kind) for test in several)]
     return found[0] if found else str(kind)
 
@@ -110,7 +112,7 @@ def _refuse_differences(schema, first, names, where, where_first):
         raise ValueError(f"column {name!r} is {kinds[0]} in {where} and {kinds[1]} in "
                          f"{where_first}; write every file with the same types.")
 
-# %% ../nbs/workshop/rowfiles.ipynb #821d66f7
+# %% ../nbs/workshop/rowfiles.ipynb #9175f7ce
 class FileRows(Rows):
     """The rows of Parquet or Feather files, or of a pyarrow dataset, in the order of its files.
 
@@ -198,6 +200,7 @@ def _index_of(schema):
 def _named(dataset):
     "(name, fragment) of all files; what they are called below the folder that they share."
     fragments = list(dataset.get_fragments())
+    if not fragments: raise ValueError("this dataset has no files.")
     paths = [getattr(fragment, "path", None) or f"fragment {i}"
              for i, fragment in enumerate(fragments)]
     folder = os.path.commonpath([os.path.dirname(path) for path in paths])

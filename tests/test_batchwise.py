@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LinearRegression, LogisticRegression
@@ -175,7 +176,8 @@ class Stops(LinearRegression):
 def test_an_interruption_leaves_what_was_there(kind, before, tmp_path):
     X = np.random.default_rng(0).normal(size=(N, 2))
     out = tmp_path / f"p.{kind}"
-    if before: out.write_bytes(before)
+    if before:
+        out.write_bytes(before)
     model = Stops().fit(X, X[:, 0])
     model.error = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt, match="interrupted after 200 of 500 rows.*as it was"):
@@ -215,23 +217,32 @@ def test_a_file_that_cannot_grow(kind, tmp_path):
     assert out.read_bytes() == b"old" and list(tmp_path.iterdir()) == [out]
 
 
+class Full:
+    "A file on a disk that is full after 2,000 bytes."
+
+    def __init__(self, file):
+        self.file = file
+
+    def write(self, data):
+        if self.file.tell() > 2000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self.file.write(data)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
 @pytest.mark.parametrize("kind", ["npy", "parquet"])
 def test_a_disk_that_fills(kind, tmp_path, monkeypatch):
-    class Full:
-        "A file on a disk that is full after 2,000 bytes."
+    write_table = pq.ParquetWriter.write_table
 
-        def __init__(self, file):
-            self.file = file
-
-        def write(self, data):
-            if self.file.tell() > 2000:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return self.file.write(data)
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
+    def until_full(self, table):
+        if Path(self.where).stat().st_size > 2000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_table(self, table)
 
     monkeypatch.setattr(batchwise, "open", lambda *a: Full(open(*a)), raising=False)
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", until_full)
     X = np.random.default_rng(0).normal(size=(N, 2))
     with pytest.raises(OSError, match=r"No space left on device, after \d00 of 500 rows") as error:
         silent(LinearRegression().fit(X, X), rows_of(X, batch_size=100), tmp_path / f"p.{kind}")

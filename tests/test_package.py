@@ -162,4 +162,4 @@ def test_a_module_names_the_extra_that_it_misses(core):
     "With the requirements alone a module can be imported, or says which extra it needs."
     lines = core(MISSING).splitlines()
     assert {"agop_book.draw", "agop_book.book"} <= {line.partition(" ")[0] for line in lines}
-    assert [s for s in lines if not re.search(r"agop_book\[(book|text|vision)\]", s)] == []
+    assert [s for s in lines if not re.search(r"agop_book\[(book|large|text|vision)\]", s)] == []

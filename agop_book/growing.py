@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Sample', 'Fitted', 'fit_part', 'outer_products', 'next_matrix', 'softened', 'cuts', 'Growth']
 
-# %% ../nbs/workshop/growing.ipynb #796bb8ae
+# %% ../nbs/workshop/growing.ipynb #02f9f705
 import math
 import time
 from dataclasses import dataclass, field, replace
@@ -21,7 +21,7 @@ from .nystrom import Falkon
 from .partials import Block, LocalParts
 from .points import Points
 
-# %% ../nbs/workshop/growing.ipynb #34eb28a2
+# %% ../nbs/workshop/growing.ipynb #763c9b90
 class Sample(NamedTuple):
     "Rows of a table in the columns that are compared, in random order."
     x: torch.Tensor       # (s, p)
@@ -33,15 +33,16 @@ class Sample(NamedTuple):
 
     def parts(self,
               rows: int,    # from the beginning
-              project       # rows -> what is compared
+              project,      # rows -> what is compared
+              dtype=None    # of the blocks; None: that of the sample
               ) -> LocalParts:
         "The first rows, as blocks."
-        x, Y, w = (t[:rows][self.share] for t in (self.x, self.Y, self.w))
+        x, Y, w = (t[:rows][self.share].to(dtype or t.dtype) for t in (self.x, self.Y, self.w))
         return LocalParts([Block(project(x), Y, w)], self.together)
 
     def loss(self, machine) -> float:
         "The weighted mean of squared errors at the rows to judge by, outputs summed."
-        off = (machine(self.held.x) - self.held.Y).square().sum(1)
+        off = (machine(self.held.x) - self.held.Y).square().sum(1).to(self.held.w)
         loss = float(self.held.w @ off / self.held.w.sum())
         return self.agree(loss)
 
@@ -53,7 +54,7 @@ class Sample(NamedTuple):
         "The loss of a machine that says 0."
         return float(self.held.w @ self.held.Y.square().sum(1) / self.held.w.sum())
 
-# %% ../nbs/workshop/growing.ipynb #57c64859
+# %% ../nbs/workshop/growing.ipynb #8fb5c2a9
 class Fitted(NamedTuple):
     "A fit on a part of the sample."
     kernel: Kernel      # its bandwidth counts typical distances
@@ -62,6 +63,7 @@ class Fitted(NamedTuple):
     rows: int
     machine: ProjectedMachine
     passes: int         # over the rows
+    rounding: float     # what it adds to the squared errors, over the squared targets
     loss: float         # at the rows to judge by
 
 
@@ -70,23 +72,26 @@ def fit_part(sample: Sample,     # whose first rows are taken
              M: torch.Tensor,    # (p,) or (p, p)
              reg: float,         # the ridge
              sizes: tuple,       # rows and centres
-             error: float        # at which conjugate gradients may stop
+             error: float,       # at which conjugate gradients may stop
+             dtype=torch.float32   # of the tiles
              ) -> Fitted:
     "Kernel ridge regression on the first rows of the sample."
-    rows, centers = sizes[0], sample.x[: min(sizes)]
-    project = directions_of(M, kernel)
+    rows, centers = sizes[0], sample.x[: min(sizes)].to(dtype)
+    project = directions_of(M.to(dtype), kernel)
     z = project(centers)
     near = adapted(kernel, Points(z - kernel.shift(z)))
     Y, w = sample.Y[:rows], sample.w[:rows]
     total, squares = float(w.sum()), (w[:, None] * Y.square()).sum(0)
-    solver = Falkon(near, z, sample.parts(rows, project), total, squares, reg)
+    solver = Falkon(near, z, sample.parts(rows, project, dtype), total, squares, reg)
     step = solver.start()
     for step in solver.steps(step, error):
         continue
-    machine = ProjectedMachine(near, centers, solver.coef(step.beta).to(centers), M)
-    return Fitted(kernel, M, reg, rows, machine, step.number, sample.loss(machine))
+    coef = solver.coef(step.beta)
+    machine = ProjectedMachine(near, centers, coef.to(dtype), M.to(dtype))
+    rounding = sample.agree(solver.rounding(coef))
+    return Fitted(kernel, M, reg, rows, machine, step.number, rounding, sample.loss(machine))
 
-# %% ../nbs/workshop/growing.ipynb #d39a4c7f
+# %% ../nbs/workshop/growing.ipynb #b560e2e2
 _AGOP_ROWS = 8192   # of a part: the mean of so many outer products is known to about a percent
 
 
@@ -126,7 +131,7 @@ def softened(M: torch.Tensor   # (p,) or (p, p)
     eye = torch.eye(len(M), dtype=M.dtype, device=M.device)
     return (1 - _SOFT) * M / M.trace() + _SOFT / len(M) * eye
 
-# %% ../nbs/workshop/growing.ipynb #a20f380d
+# %% ../nbs/workshop/growing.ipynb #3ae8e32a
 _GAPS = 3         # cuts that are tried
 _WIDE = 1.5       # ratio of neighbouring values that makes a gap
 _SMALL = 1e-4     # of the largest value: below, cutting changes nothing
@@ -152,7 +157,7 @@ def _with(values, vectors, top):
     left[top] = values[top]
     return left if vectors is None else (vectors * left) @ vectors.T
 
-# %% ../nbs/workshop/growing.ipynb #16d55b6b
+# %% ../nbs/workshop/growing.ipynb #f0e8b24f
 _FIRST = 2500        # rows of the first part
 _CENTERS = 2000      # at most, while M is learned
 _TURNED = 0.9995     # cosine of two matrices in a row: from there on M no longer turns
@@ -172,6 +177,7 @@ class Growth:
     most: int             # centres for which there is memory
     step: Callable = len  # called with a row of history after each fit; len() does nothing
     best: Fitted = None
+    coarse: float = 0.0   # the largest ridge for which single precision was not enough
     last: float = field(default_factory=time.perf_counter)
 
     def parts(self) -> list:
@@ -187,9 +193,8 @@ class Growth:
             ) -> Fitted:
         "Fit, note, and keep the best."
         few = min(_CENTERS, self.most, max(1000, int(12 * rows**0.5)), rows)
-        options = {"kernel": self.kernel, "reg": self.reg, **changes}
-        fit = fit_part(self.sample, options["kernel"], M, options["reg"], (rows, centers or few),
-                       self.error / 10)
+        fit = self._precise({"kernel": self.kernel, "M": M, "reg": self.reg,
+                             "sizes": (rows, centers or few), **changes})
         now = time.perf_counter()
         self.step(self._row(stage, fit, now - self.last))
         self.last = now
@@ -197,10 +202,19 @@ class Growth:
             self.best = fit
         return fit
 
+    def _precise(self, options):
+        "A fit in single precision, or in double where that is not enough."
+        for dtype in (torch.float32, torch.float64):
+            if dtype == torch.float32 and options["reg"] < self.coarse: continue
+            fit = fit_part(self.sample, error=self.error / 10, dtype=dtype, **options)
+            if fit.rounding < self.error: return fit
+            self.coarse = max(self.coarse, options["reg"])
+        return fit
+
     def _row(self, stage, fit, seconds):
         R = fit.machine.compared_centers.shape[1]
         return {"stage": stage, "rows": fit.rows, "centers": len(fit.machine.centers),
-                "loss": fit.loss, "val_score": 1 - fit.loss / self.sample.variance(),
+                "precision": str(fit.machine.coef.dtype).removeprefix("torch."), "loss": fit.loss, "val_score": 1 - fit.loss / self.sample.variance(),
                 "reg": fit.reg, "kernel": type(fit.kernel).__name__, "passes": fit.passes,
                 "bandwidth": getattr(fit.kernel, "bandwidth", None), "directions": R,
                 "seconds": seconds}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Nystrom', 'NystromSolver', 'solver_of']
 
-# %% ../nbs/workshop/iterative.ipynb #18f1b436
+# %% ../nbs/workshop/iterative.ipynb #a3fe576f
 import math
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from .partials import Block, LocalParts
 from .solvers import SOLVERS, Fit, Solver
 from .structures import Full
 
-# %% ../nbs/workshop/iterative.ipynb #be9fd9b3
+# %% ../nbs/workshop/iterative.ipynb #879ee681
 _CENTERS = 12        # times the root of the rows, as the theory of Falkon wants them
 _LEAST = 1000        # fewer save nothing: the rows are what takes time
 _SQUARES = 4         # arrays (m, m) in double precision at the same time
@@ -41,11 +41,6 @@ class Nystrom(Nested):
             value = getattr(self, name)
             if value is None and name == "centers" or is_count(value): continue
             raise ValueError(f"{name} must be a positive integer, got {value!r}.")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        "Of the tiles."
-        return torch.float32 if self.error >= 1e-5 else torch.float64
 
     def most_centers(self, n: int,   # rows
                      limit           # bytes that may be used
@@ -78,7 +73,7 @@ class Nystrom(Nested):
         "The `NystromSolver` of these options."
         return NystromSolver(*args, **options, options=self)
 
-# %% ../nbs/workshop/iterative.ipynb #dda6719a
+# %% ../nbs/workshop/iterative.ipynb #60e9021e
 class NystromSolver(Solver):
     "Kernel ridge regression on centres, for rows in memory."
 
@@ -88,7 +83,7 @@ class NystromSolver(Solver):
         order = torch.randperm(len(self.X), generator=torch.Generator().manual_seed(0))
         count = self.options._count(len(self.X))
         self.chosen = order[:count].to(self.X.device)
-        self.dtype = self.options.dtype if self.X.device.type == "cpu" else self.X.dtype
+        self.dtype = torch.float32
         self.squares = (self.weights[:, None] * self.Y.square()).sum(0)
 
     def prepare(self, M, last):
@@ -97,34 +92,42 @@ class NystromSolver(Solver):
         on_rows = self.structure.on_rows(M)
         if isinstance(on_rows, Shared):
             on_rows = on_rows.dense(self.X.shape[1])
-        project = directions_of(on_rows, self.kernel)
-        z, Y, w = (t.to(self.dtype) for t in (project(self.X), self.Y, self.weights))
-        self.block = Block(z, Y, None if bool((w == 1).all()) else w)
+        self.z = directions_of(on_rows, self.kernel)(self.X)
         return 1.0
 
     def solve(self, reg):
         "See `Solver`."
-        centers = self.block.x[self.chosen]
-        total = float(self.weights.sum())
-        solver = Falkon(self.kernel, centers, LocalParts([self.block]), total, self.squares, reg)
-        step = solver.start()
-        for step in solver.steps(step, self.options.error / 10):
-            continue
-        coef = solver.coef(step.beta).to(self.X)
-        machine = ProjectedMachine(self.kernel, self.X[self.chosen], coef,
+        for dtype in dict.fromkeys((self.dtype, torch.float64)):
+            solver, coef = self._solved(reg, dtype)
+            self.dtype = dtype     # a ridge that needs double precision is not the last
+            if solver.rounding(coef) < self.options.error:
+                break
+        machine = ProjectedMachine(self.kernel, self.X[self.chosen], coef.to(self.X),
                                    self.structure.on_rows(self.M))
         return Fit(machine, self.M, reg, self._fitted(solver.tiles, coef))
 
+    def _solved(self, reg, dtype):
+        "A solver in one precision, and its coefficients."
+        z, Y, w = (t.to(dtype) for t in (self.z, self.Y, self.weights))
+        self.block = Block(z, Y, None if bool((w == 1).all()) else w)
+        total = float(self.weights.sum())
+        parts = LocalParts([self.block])
+        solver = Falkon(self.kernel, z[self.chosen], parts, total, self.squares, reg)
+        step = solver.start()
+        for step in solver.steps(step, self.options.error / 10):
+            continue
+        return solver, solver.coef(step.beta)
+
     def _fitted(self, tiles, coef):
         "The outputs at all rows."
-        v = coef.to(self.dtype)
+        v = coef.to(self.block.x)
         parts = [tiles(piece.x) @ v for piece in self.block.pieces(tiles.rows)]
         return torch.cat(parts).to(self.X)
 
 
 SOLVERS["nystrom"] = Nystrom()
 
-# %% ../nbs/workshop/iterative.ipynb #4b6e877e
+# %% ../nbs/workshop/iterative.ipynb #35fd964c
 _DENSE = 10_000      # rows: up to here the dense solver pays
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Prepared', 'StreamedBlocks', 'ManyRowsRFM']
 
-# %% ../nbs/workshop/manyrows.ipynb #4167b1b8
+# %% ../nbs/workshop/manyrows.ipynb #ea669089
 import time
 
 import numpy as np
@@ -31,7 +31,7 @@ from .rowchecks import Rows
 from .rowstream import rows_of, scan
 from .sharing import shared_keys, shared_scan
 
-# %% ../nbs/workshop/manyrows.ipynb #d4486d29
+# %% ../nbs/workshop/manyrows.ipynb #a097eb84
 _SEARCH = 8192       # rows of the sample that the search may look at; it takes 2,000 of them
 _HELD = 9            # of the sample one row in so many is held out, but no more than:
 _HELD_MOST = 8192
@@ -55,6 +55,8 @@ class Prepared:
         Y = send((targets - self.offset) / self.unit, np.float32, self.device)
         if each is not None:
             each = send(each / self.weight, np.float32, self.device)
+            each = each.to(self.machine.coef)
+        x, Y = x.to(self.machine.coef), Y.to(self.machine.coef)
         return Block(self.machine.directions(x), Y, each)
 
 
@@ -70,7 +72,7 @@ class StreamedBlocks:
         for batch in self.rows.batches():
             yield from self.prepare(*batch).pieces(size)
 
-# %% ../nbs/workshop/manyrows.ipynb #fb6d8439
+# %% ../nbs/workshop/manyrows.ipynb #2eeac0e2
 class ManyRowsRFM(ChoosingRFM):
     "A machine on rows that fits to any number of them; `AdaptiveRFM` is the estimator."
 
@@ -196,7 +198,7 @@ class ManyRowsRFM(ChoosingRFM):
         best, start = growth.best, time.perf_counter()
         prepare = Prepared(self, best.machine, *units, device)
         numbers = n * (growth.sample.Y.shape[1] + best.machine.compared_centers.shape[1])
-        keep = 4 * numbers <= self._limit(device) / 2
+        keep = best.machine.coef.element_size() * numbers <= self._limit(device) / 2
         parts = self._parts(rows, prepare, keep, growth.sample.together)
         total, squares = (parts.sum(f) for f in (_total, _squares))
         solver = Falkon(best.machine.kernel, best.machine.compared_centers, parts, float(total), squares,
@@ -211,7 +213,8 @@ class ManyRowsRFM(ChoosingRFM):
             coef = solver.coef(step.beta).to(best.machine.centers)
             left = parts.sum(squared_errors, solver.tiles, coef)
             history.append({"stage": "all rows", "rows": n, "centers": len(coef), "reg": best.reg,
-                            "passes": step.number, "residual": step.residual,
+                            "passes": step.number,
+                            "precision": str(coef.dtype).removeprefix("torch."), "residual": step.residual,
                             "train_score": float(1 - (left.sum() / squares.sum())),
                             "seconds": time.perf_counter() - start})
             self._keep_all(best, coef, units, history)

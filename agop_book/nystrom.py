@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Tiles', 'moments', 'normal_products', 'squared_errors', 'Step', 'Falkon']
 
-# %% ../nbs/workshop/nystrom.ipynb #c0e68d11
+# %% ../nbs/workshop/nystrom.ipynb #53209b23
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from .kernels import Kernel, Radial
 from .points import Points
 
-# %% ../nbs/workshop/nystrom.ipynb #757e1bfb
+# %% ../nbs/workshop/nystrom.ipynb #7f5da0e4
 _ENTRIES = 2**22   # of a tile: larger ones leave the caches, smaller ones pay for each call
 _FAR = 30.0        # bandwidths from the middle: at most 1 % of a bandwidth is then rounded away
 
@@ -41,7 +41,7 @@ class Tiles:
         rows = torch.cat([-2 * left.x, torch.stack([left.sq, ones]).T], 1)
         return self.kernel.phi((rows @ self.columns).clamp_(min=0).sqrt_())
 
-# %% ../nbs/workshop/nystrom.ipynb #9d27edc7
+# %% ../nbs/workshop/nystrom.ipynb #863a087b
 def _by_tile(block, tiles):
     "Yields the tile, targets and weights `(b, 1)` (or 1) of every piece of a block."
     for piece in block.pieces(tiles.rows):
@@ -70,7 +70,10 @@ def squared_errors(block,               # `Block`
     "The weighted squares of K coef - Y."
     return sum((w * (K @ coef - Y).square()).double().sum(0) for K, Y, w in _by_tile(block, tiles))
 
-# %% ../nbs/workshop/nystrom.ipynb #acc8dedd
+# %% ../nbs/workshop/nystrom.ipynb #560af514
+_LIFT = {torch.float32: 1e-4, torch.float64: 1e-14}   # of the eigenvalues of K_mm, whose mean is 1
+
+
 class Step(NamedTuple):
     "Where conjugate gradients have come to."
     number: int             # of passes over the rows
@@ -94,12 +97,19 @@ class Falkon:
         self.parts = parts
         self.squares = squares.double().clamp(min=torch.finfo(torch.float64).tiny)
         self.reg = reg
-        self.T = _factor(kernel(centers.double()), 10 * torch.finfo(centers.dtype).eps)
+        self.total = total
+        self.T = _factor(kernel(centers.double()), _LIFT[centers.dtype])
         self.A = _factor((total / len(centers)) * (self.T @ self.T.T), reg)
 
     def coef(self, beta: torch.Tensor) -> torch.Tensor:
         "Coefficients `(m, c)` for a solution."
         return _solve(self.T, _solve(self.A, beta))
+
+    def rounding(self, coef: torch.Tensor) -> float:
+        "What the rounding of tiles adds to the squared errors, over the squared targets: about."
+        m, eps = len(coef), torch.finfo(self.tiles.points.x.dtype).eps / 2
+        noise = eps**2 * m * coef.double().square().sum(0) * self.total
+        return float((noise / self.squares).max())
 
     def _back(self, v):
         return _solve(self.A, _solve(self.T, v, True), True)

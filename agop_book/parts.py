@@ -118,8 +118,8 @@ _WORK = 2**32       # entries of weights times entries of data: below, asking ta
 _PLENTY = 2**31     # bytes of a pass on the CPU where it can be had in parts
 _SURE = 0.8         # of what is free: the rest is for what was not counted
 _ROOM = 2**26       # bytes that the copies have at the taps; more only leaves the caches
-_REMEDY = ("Pass shorter samples, fewer outputs (output=...), the model in bfloat16, or take a "
-           "device with more.")
+_REMEDY = ("Pass shorter samples, fewer outputs (output=...), fewer sites (only='a regular "
+           "expression'), the model in bfloat16, or take a device with more.")
 
 
 class Planner:
@@ -158,18 +158,18 @@ class Planner:
 
     def _fit(self, n, need, held):
         "Note what fits of `n` samples, and what that takes."
-        name = type(self.watch.network.model).__name__
-        what = f"A pull-back of one sample through {name}, with the sums of nfa,"
-        try:
-            plan(held + need(1), what, _REMEDY, device=self.device)
-        except MemoryError as e:
-            raise TooLarge(str(e)) from None
         room = _SURE * free_memory(self.device) - held
         if self.device.type == "cpu" and not self.named:
             room = min(room, _PLENTY)
         self.fits, copies = None, self.copies(n * need.marked, self.seeds.total(need.outputs), n)
         self.fits = max(1, largest(need, n * copies, room))
-        self.planned = max(self.planned, held + need(self.fits))
+        name = type(self.watch.network.model).__name__
+        what = f"A pull-back of one sample through {name}, with the sums of nfa,"
+        try:
+            planned = plan(held + need(self.fits), what, _REMEDY, device=self.device)
+        except MemoryError as e:
+            raise TooLarge(str(e)) from None
+        self.planned = max(self.planned, planned)
 
     def copies(self,
                marked: int,     # bytes at the taps for the samples

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BIG_CASES', 'big_model', 'big_cost', 'big_cost_apart', 'big_costs', 'stored_big_costs', 'big_costs_text', 'main']
 
-# %% ../../nbs/book/bigmodels.ipynb #36b6f94f
+# %% ../../nbs/book/bigmodels.ipynb #5e840f2b
 import argparse
 import json
 import resource
@@ -24,7 +24,7 @@ from ..hub import load_transformers
 from ..nfa import nfa
 from ..terminal import steady_output
 
-# %% ../../nbs/book/bigmodels.ipynb #5d7ecbd8
+# %% ../../nbs/book/bigmodels.ipynb #1129d351
 def big_model(
     name,         # "GPT-2", "ViT-B/16" or "MLP"
     length=1024,  # tokens of a text
@@ -44,7 +44,7 @@ def big_model(
         return nn.Sequential(*hidden, nn.Linear(1024, 10)).eval(), lambda n: torch.randn(n, 784)
     raise ValueError(f"name={name!r}: choose GPT-2, ViT-B/16 or MLP")
 
-# %% ../../nbs/book/bigmodels.ipynb #e8a853e5
+# %% ../../nbs/book/bigmodels.ipynb #04f72e9f
 def big_cost(
     name,              # of `big_model`
     dtype="float32",   # of weights and activations
@@ -82,7 +82,7 @@ def big_cost_apart(
     if done.returncode: raise RuntimeError(f"{settings} ended with {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
 
-# %% ../../nbs/book/bigmodels.ipynb #4216ef77
+# %% ../../nbs/book/bigmodels.ipynb #cf8ce9ce
 BIG_CASES = [
     *(dict(name="GPT-2", dtype=dtype, probes=probes)
       for dtype in ("float32", "bfloat16") for probes in (2, 4)),
@@ -118,7 +118,7 @@ def big_costs_text(
     shown = shown.assign(seconds=rows.seconds.round(1))
     return shown.rename(columns={"peak": "peak GB", "planned": "planned GB"}).to_string(index=False)
 
-# %% ../../nbs/book/bigmodels.ipynb #62c64a74
+# %% ../../nbs/book/bigmodels.ipynb #0ae16b04
 def main(
     argv=None,    # words of the command; None: those of the process
 ) -> int:

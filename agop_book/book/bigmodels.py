@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['BIG_CASES', 'big_model', 'big_cost', 'big_cost_apart', 'big_costs', 'stored_big_costs', 'big_costs_text', 'main']
 
-# %% ../../nbs/book/bigmodels.ipynb #5e840f2b
+# %% ../../nbs/book/bigmodels.ipynb #067fcb8b
 import argparse
 import json
+import re
 import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pandas as pd
 import psutil
@@ -24,27 +26,44 @@ from ..hub import load_transformers
 from ..nfa import nfa
 from ..terminal import steady_output
 
-# %% ../../nbs/book/bigmodels.ipynb #1129d351
+# %% ../../nbs/book/bigmodels.ipynb #5e23db1e
 def big_model(
     name,         # "GPT-2", "ViT-B/16" or "MLP"
     length=1024,  # tokens of a text
 ):                # (network in eval mode, function: number of samples -> data)
     "A network of this shape with random weights. ValueError for another name."
     if name == "GPT-2":
-        library = load_transformers()
-        config = library.GPT2Config(n_positions=max(1024, length))
-        model = library.GPT2LMHeadModel(config)
-        return model.eval(), lambda n: torch.randint(config.vocab_size, (n, length))
+        model = _gpt2(length)
+        return model.eval(), lambda n: torch.randint(50257, (n, length))
     if name == "ViT-B/16":
-        library = load_transformers()
-        model = library.ViTForImageClassification(library.ViTConfig(num_labels=1000))
+        model = _vit()
         return model.eval(), lambda n: torch.randn(n, 3, 224, 224)
     if name == "MLP":
-        hidden = [nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU()]
-        return nn.Sequential(*hidden, nn.Linear(1024, 10)).eval(), lambda n: torch.randn(n, 784)
+        model = _perceptron(784, 1024, 1024, 10)
+        return model.eval(), lambda n: torch.randn(n, 784)
     raise ValueError(f"name={name!r}: choose GPT-2, ViT-B/16 or MLP")
 
-# %% ../../nbs/book/bigmodels.ipynb #04f72e9f
+
+def _gpt2(length):
+    library = load_transformers()
+    n = max(1024, length)
+    config = library.GPT2Config(n_positions=n)
+    return library.GPT2LMHeadModel(config)
+
+
+def _vit():
+    library = load_transformers()
+    config = library.ViTConfig(num_labels=1000)
+    return library.ViTForImageClassification(config)
+
+
+def _perceptron(*widths):
+    layers = []
+    for a, b in zip(widths, widths[1:]):
+        layers += [nn.Linear(a, b), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+# %% ../../nbs/book/bigmodels.ipynb #833a054c
 def big_cost(
     name,              # of `big_model`
     dtype="float32",   # of weights and activations
@@ -60,32 +79,61 @@ def big_cost(
     before, start = psutil.Process().memory_info().rss, time.perf_counter()
     table = nfa(model, data, probes=probes, random_state=0, progress=progress)
     seconds = time.perf_counter() - start
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before
     return {
-        "model": name, "dtype": dtype, "samples": samples, "length": length, "probes": probes,
-        "sites": len(table), "seconds": seconds, "peak": peak, "planned": table.attrs["planned"],
-        "pearson": float(table.pearson.mean()), "error": float(table.error.mean()),
+        "model": name,
+        "dtype": dtype,
+        "samples": samples,
+        "length": length,
+        "probes": probes,
+        "sites": len(table),
+        "seconds": seconds,
+        "peak": _most_resident() - before,
+        "planned": table.attrs["planned"],
+        "pearson": float(table.pearson.mean()),
+        "error": float(table.error.mean()),
     }
 
 
-_CHILD = ("import json, sys; from agop_book.book.bigmodels import big_cost; "
-          "print(json.dumps(big_cost(**json.loads(sys.argv[1]))))")
+def _most_resident():
+    "The most bytes that this process has had in memory."
+    try:
+        said = Path("/proc/self/status").read_text()
+    except OSError:                     # not Linux
+        unit = 1 if sys.platform == "darwin" else 1024
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        return usage.ru_maxrss * unit
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", said)[1])
+
+
+_CHILD = """
+import json, sys
+from agop_book.book.bigmodels import big_cost
+settings = json.loads(sys.argv[1])
+print(json.dumps(big_cost(**settings)))
+"""
 
 
 def big_cost_apart(
     **settings    # of `big_cost`
 ) -> dict:
     "`big_cost` in a process of its own. RuntimeError with its last words where it fails."
-    command = [sys.executable, "-c", _CHILD, json.dumps(settings)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode: raise RuntimeError(f"{settings} ended with {done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
+    done = subprocess.run(
+        [sys.executable, "-c", _CHILD, json.dumps(settings)],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{settings} ended with {done.returncode}")
+    last = done.stdout.splitlines()[-1]
+    return json.loads(last)
 
-# %% ../../nbs/book/bigmodels.ipynb #cf8ce9ce
+# %% ../../nbs/book/bigmodels.ipynb #3ed4c5a9
 BIG_CASES = [
-    *(dict(name="GPT-2", dtype=dtype, probes=probes)
-      for dtype in ("float32", "bfloat16") for probes in (2, 4)),
+    dict(name="GPT-2"),
+    dict(name="GPT-2", probes=4),
+    dict(name="GPT-2", dtype="bfloat16"),
+    dict(name="GPT-2", dtype="bfloat16", probes=4),
     dict(name="GPT-2", samples=4),
     dict(name="ViT-B/16", samples=8),
     dict(name="ViT-B/16", samples=8, dtype="bfloat16"),
@@ -114,11 +162,18 @@ def big_costs_text(
     rows,    # of `big_costs`
 ) -> str:
     "The table for people: memory in GB."
-    shown = rows.assign(**{name: (rows[name] / 1e9).round(2) for name in ("peak", "planned")})
-    shown = shown.assign(seconds=rows.seconds.round(1))
-    return shown.rename(columns={"peak": "peak GB", "planned": "planned GB"}).to_string(index=False)
+    shown = rows.assign(seconds=rows.seconds.round(1))
+    for name in ("peak", "planned"):
+        gigabytes = (rows[name] / 1e9).round(2)
+        shown[name] = gigabytes
+    names = {
+        "peak": "peak GB",
+        "planned": "planned GB",
+    }
+    shown = shown.rename(columns=names)
+    return shown.to_string(index=False)
 
-# %% ../../nbs/book/bigmodels.ipynb #0ae16b04
+# %% ../../nbs/book/bigmodels.ipynb #f5766727
 def main(
     argv=None,    # words of the command; None: those of the process
 ) -> int:

@@ -135,6 +135,7 @@ class AGOP:
         groups = self.moments.shape[0]
         for group in range(groups):
             rows = g[:, (group - start) % groups::groups]
+            if not rows.shape[1]: continue           # a piece of one output
             if not rows.is_contiguous():
                 rows = rows.transpose(0, 1)          # the order is free in a sum: avoid a copy
             self.moments.add(rows.reshape(-1, g.shape[2]), group, weight)

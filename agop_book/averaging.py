@@ -44,7 +44,7 @@ def agop(f,                         # what predicts: see the table above
          step=None,                 # for differences: step, or one per feature; None: chosen
          chunk: int | None = None,  # for pull-backs: outputs pulled back together; None: what fits
          reduce: bool = True,       # under torch.distributed: average over all processes' samples
-         progress: bool = True      # progress bar over a loader
+         progress: bool = True      # bar over a loader, and over an array where it takes long
          ):                         # (d, d) or (d,), d = prod(shape), as x is; or Sketch
     """Average gradient outer product of anything that predicts (paper, Eq. 3, over n).
 

@@ -77,12 +77,14 @@ def batch_size(x: torch.Tensor    # (n, *shape)
 def batches(x,                # an array, or any iterable of batches (of tuples the first element)
             size=None,        # rows at a time of an array; None: `batch_size`
             floating=False,   # refuse integers, and leave half precision as it is
-            progress=True     # whether a loader has a progress bar
+            progress=True     # whether there is a progress bar: over an array where it takes long
             ):                # yields checked tensors (b, *shape)
     "The batches of `x`. TypeError or ValueError name the batch and what is wrong with it."
     if is_array(x):
         x = as_rows(x, floating=floating)
-        yield from (x[rows] for rows in blocks(len(x), size or batch_size(x)))
+        parts = list(blocks(len(x), size or batch_size(x)))
+        slow = dict(disable=progress is False, leave=False, delay=2)
+        yield from (x[rows] for rows in tqdm(parts, desc="agop", **slow))
         return
     for i, item in enumerate(tqdm(x, desc="agop", disable=progress is False, leave=False)):
         item = _leading(item)

@@ -95,13 +95,14 @@ def pullbacks(f,                      # torch callable, (b, *shape) -> (b, ...),
         total = y.sum(0) if signs is None else y
     seeds = None if signs is None else signs(y.detach())
     rows = y.shape[1] if signs is None else len(seeds)
-    size = min(rows, chunk or _CHUNK, max(1, BUDGET // x.nbytes))
-    plan(2 * size * x.nbytes, f"the gradients of {size} outputs at {len(x)} samples",
+    size = min(rows, chunk or _CHUNK, max(1, BUDGET // max(x.nbytes, y.nbytes)))
+    each = x.nbytes + (0 if signs is None else y.nbytes)
+    plan(2 * size * each, f"the gradients of {size} outputs at {len(x)} samples",
          "Pass a smaller batch_size, or chunk.", device=x.device)
     for i in range(0, rows, size):
         part = slice(i, min(i + size, rows))
         with _differentiating():
-            v = _units(y, part) if signs is None else seeds[part].expand(-1, *y.shape).clone()
+            v = _units(y, part) if signs is None else _spread(seeds[part], y)
             g = _pull(total, x, v)
         yield g.reshape(len(v), len(x), -1).transpose(0, 1)
 
@@ -119,6 +120,11 @@ def _uncompiled():
     Compiled backward passes free what a second pull-back needs."""
     stance = getattr(torch.compiler, "set_stance", None)               # from torch 2.6
     return stance("force_eager") if stance and "torch._dynamo" in sys.modules else nullcontext()
+
+
+def _spread(seeds, y):
+    "Seeds for all outputs in the precision of `y`."
+    return seeds.expand(-1, *y.shape).to(y, copy=True)
 
 
 def _units(y, part):
@@ -164,7 +170,7 @@ class _Signs:
             raise ValueError(f"f has {y.shape[1]} outputs, before it had {self.outputs}; every "
                              "batch must have the same outputs.")
         self.outputs = y.shape[1]
-        if self.kept is not None: return self.kept.to(y)
+        if self.kept is not None: return self.kept.to(y.device)
         v = self._draw(1 if self.fixed else len(y), y)
         if self.fixed:
             self.kept = v
@@ -172,11 +178,11 @@ class _Signs:
 
     def _draw(self, samples, y):
         shape = (self.k, samples, self.outputs)
-        plan((2 + y.element_size()) * math.prod(shape),
+        plan(math.prod(shape),
              f"the signs of {self.k:,} probes for {samples:,} samples of {self.outputs:,} outputs",
              "Take fewer probes, or a smaller batch_size.")
         bits = torch.randint(0, 2, shape, generator=self.generator, dtype=torch.int8)
-        return (2 * bits - 1).to(y)
+        return bits.mul_(2).sub_(1).to(y.device)
 
 
 def random_signs(k: int,              # probes
@@ -185,8 +191,8 @@ def random_signs(k: int,              # probes
                  ):
     """The function of outputs `y` `(b, c)` that `pullbacks` wants.
 
-    It gives random signs `(k, b, c)`, or `(k, 1, c)` when fixed; ValueError where the number of
-    outputs changes."""
+    It gives random signs `(k, b, c)`, or `(k, 1, c)` when fixed, as bytes: all of them together
+    may be larger than anything else. ValueError where the number of outputs changes."""
     if not is_count(k):
         raise ValueError(f"k must be a positive integer below 2**31, got {k!r}.")
     return _Signs(k, generator, fixed)

@@ -22,14 +22,15 @@ class WeightMoments:
     name: str
     kind: str
     head: object            # int or None
-    weight: torch.Tensor    # (g, d_out / g, d_in / g), float64
+    weight: torch.Tensor    # (g, d_out / g, d_in / g), of any precision
     moments: torch.Tensor   # (groups of probes, d, d): their mean is C, or with `inner` the AGOP
     inner: bool
 
     @property
     def W(self) -> torch.Tensor:
-        "`(d_out, d_in)`"
-        return self.weight[0] if len(self.weight) == 1 else torch.block_diag(*self.weight)
+        "`(d_out, d_in)`, float64"
+        W = self.weight.double()
+        return W[0] if len(W) == 1 else torch.block_diag(*W)
 
     @property
     def reached(self) -> bool:
@@ -56,11 +57,14 @@ def correlations(dot,         # inner product of two matrices
 
 
 def near_one(t   # a tensor
-             ):
-    "A tensor times a power of two: no correlation depends on it, and no product leaves float64."
-    exponent = torch.frexp(t.abs().max())[1]
-    half = -torch.div(exponent, 2, rounding_mode="floor").to(t)
-    return t * torch.exp2(half) * torch.exp2(half)
+             ) -> torch.Tensor:
+    """A tensor times a power of two, in float64.
+
+    No correlation depends on the power, and no product leaves float64."""
+    t = t.to(torch.float64, copy=True)               # one copy: a head of words takes 300 MB
+    exponent = torch.frexp(torch.linalg.vector_norm(t, math.inf))[1]
+    half = torch.exp2(-torch.div(exponent, 2, rounding_mode="floor").to(t))
+    return t.mul_(half).mul_(half)
 
 # %% ../nbs/workshop/likeness.ipynb #3e864345
 _RANK = 1e-14     # eigenvalues of W W^T below this share of the largest are rounding

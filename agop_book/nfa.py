@@ -7,6 +7,7 @@ __all__ = ['nfa', 'summary', 'plot']
 
 # %% ../nbs/workshop/nfa.ipynb #fdadd681
 import math
+from dataclasses import replace
 
 import pandas as pd
 import torch
@@ -53,30 +54,32 @@ def nfa(model: nn.Module,        # in eval mode; samples must not influence each
     with probes; `reached`: False where nothing flows back. With `matrices`, (table, list of
     `Site`). `table.attrs["coverage"]` is the share of the entries of all weight matrices
     (parameters with two axes or more; look-up tables apart) that are compared; a warning names the
-    others. One forward and one pull-back per output (or probe) whatever the number of weights.
+    others; `table.attrs["planned"]` are the bytes that were planned. One forward and one pull-back
+    per output (or probe) whatever the number of weights. What a sample takes is measured before the
+    work; batches are done in parts that fit, of at most 2 GB on a CPU where `batch_size` is None.
 
     Raises ValueError or TypeError naming argument or site for networks in training mode, whose
     samples influence each other, without weights or gradient path, with codes instead of weights,
     for values that are not finite, empty data, and data on another device; MemoryError before the
-    work if the sums do not fit."""
+    work if the sums, or a single sample with them, do not fit."""
     _check(model, initial, rotations)
     if initial is not None and hasattr(data, "__next__"):
         data = list(data)                                            # it is walked through twice
     seed = check_random_state(random_state).randint(2**31 - 1)
     sweep = Sweep(output, probes, seed, batch_size, progress, reduce, only)
     found, covered = sweep.collect(model, data)
-    sites = [Site(*site) for site in found]
+    sites, planned = [Site(*site) for site in found], sweep.planned
     firsts = [None] * len(sites)
     if initial is not None:
         firsts = match(sites, [Site(*site) for site in sweep.collect(initial, data)[0]])
-    generator = torch.Generator().manual_seed(seed)
-    each = tqdm(sites, desc="nfa: sites", disable=not progress, leave=False, delay=2)
-    rows = [_row(site, compare(site, first, rotations, generator))
-            for site, first in zip(each, firsts)]
+        planned = max(planned, sweep.planned + sum(site.moments.nbytes for site in sites))
+    rows = [_row(site, numbers)
+            for site, numbers in zip(sites, _compared(sites, firsts, rotations, seed, progress))]
     table = pd.DataFrame(rows).astype({"head": "Int64"})
-    table.attrs["coverage"] = covered.share
+    table.attrs |= {"coverage": covered.share, "planned": planned}
     covered.warn()
-    return (table, sites) if matrices else table
+    if not matrices: return table
+    return table, [replace(site, weight=site.weight.double()) for site in sites]
 
 
 def _check(model, initial, rotations):
@@ -86,6 +89,24 @@ def _check(model, initial, rotations):
         raise TypeError(f"{name} must be a torch module, got {type(m).__name__}.")
     if not (is_count(rotations, 0) and rotations <= 1000):
         raise ValueError(f"rotations must be an integer from 0 to 1000, got {rotations!r}.")
+
+
+def _compared(sites, firsts, rotations, seed, progress):
+    "The numbers of each row; the bar counts by what a site costs, so that the time left holds."
+    generator = torch.Generator().manual_seed(seed)
+    costs = [_cost(*site.weight.shape) for site in sites]
+    shown = "{l_bar}{bar}| {elapsed}<{remaining}"
+    with tqdm(total=sum(costs), desc="nfa: sites", disable=not progress, leave=False, delay=2,
+              bar_format=shown) as bar:
+        for site, first, cost in zip(sites, firsts, costs):
+            yield compare(site, first, rotations, generator)
+            bar.update(cost)
+
+
+def _cost(g, rows, columns):
+    "Multiplications for a site, about: one product, and a few eigendecompositions."
+    small, large = sorted((g * rows, g * columns))
+    return small**2 * (large + 40 * small)
 
 
 def _row(site, numbers):

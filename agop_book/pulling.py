@@ -6,8 +6,7 @@
 __all__ = ['NO_SITES', 'EveryOutput', 'RandomSigns', 'Puller', 'check_pass', 'check_mixing']
 
 # %% ../nbs/workshop/pulling.ipynb #b06d6480
-import warnings
-from dataclasses import dataclass
+import math
 from itertools import islice
 
 import torch
@@ -15,8 +14,9 @@ import torch
 from .functions import chance, refuse_chance
 from .nested import repeat, samples, take
 from .outputs import blame
+from .parts import Part, Planner, memory_ended
 from .processes import all_sum
-from .taps import LEFT_OUT, TooLarge, plan_sums
+from .taps import LEFT_OUT, plan_sums
 
 # %% ../nbs/workshop/pulling.ipynb #62f0b9cc
 class EveryOutput:
@@ -55,49 +55,7 @@ class RandomSigns:
     def write(self, v, start):
         "Independent signs for every copy."
         signs = torch.randint(0, 2, v.shape, generator=self.generator, dtype=torch.int8)
-        v.copy_(2 * signs - 1)
-
-# %% ../nbs/workshop/pulling.ipynb #e71fa117
-# bytes of marked activations that the copies of a batch may take; more only leaves the caches
-_ROOM = 2**26
-
-
-@dataclass
-class _Part:
-    "Samples whose outputs (or probes) from `start` on are still to be pulled back."
-    batch: object
-    start: int = 0
-    copies: int | None = None       # in one forward pass; None: as many as fit
-
-    def __len__(self):
-        return samples(self.batch)
-
-    def split(self, parts):
-        "The samples in so many parts, the last first."
-        ends = [len(self) * i // parts for i in range(parts + 1)]
-        each = [take(self.batch, slice(*some)) for some in zip(ends, ends[1:])]
-        return [_Part(batch, self.start, 1) for batch in each[::-1]]
-
-    def smaller(self):
-        "The same work in smaller pieces, the last first."
-        n, copies = len(self), self.copies or 1
-        if n == copies == 1: raise MemoryError(_ONE_SAMPLE)
-        warnings.warn(f"out of memory with {n} samples x {copies} copies: "
-                      "going on with half of them.")
-        if copies == 1: return self.split(2)
-        self.copies = copies // 2
-        return [self]
-
-
-_ONE_SAMPLE = ("a single sample does not fit in memory; shorten it, or move the model to a device "
-               "with more.")
-
-
-def _memory_ended(e):
-    "Whether memory ended while computing; a plan that was refused stays refused."
-    if isinstance(e, TooLarge): return False
-    ended = isinstance(e, (MemoryError, torch.cuda.OutOfMemoryError))
-    return ended or "allocate memory" in str(e)
+        v.copy_(signs.mul_(2).sub_(1))
 
 # %% ../nbs/workshop/pulling.ipynb #e59fcbdc
 class _Shared(Exception):
@@ -111,10 +69,13 @@ class Puller:
                  outputs,     # Outputs
                  seeds,       # EveryOutput or RandomSigns
                  device,      # of the sums
-                 steady):     # raises if the network has changed its buffers
+                 steady,      # raises if the network has changed its buffers
+                 named=False):    # whether the caller has named the size of a batch
         self.watch, self.outputs = watch, outputs
         self.seeds = seeds
         self.device, self.steady = device, steady
+        self.planner = Planner(watch, outputs, seeds, device, named)
+        self.expected = None                    # samples in all batches
         self.counts = [0.0] * seeds.groups      # samples in each group, for each probe
         self.single = False                     # one sample at a time
         self.apart = False                      # samples do not influence each other
@@ -125,13 +86,14 @@ class Puller:
         taps, groups = self.watch.taps, self.seeds.groups
         new = [tap for tap in taps if tap.moments is None and tap.why != LEFT_OUT]
         if not new: return
-        plan_sums(taps, groups, self.device)
+        planned = plan_sums(taps, groups, self.device)
+        self.planner.planned = max(self.planner.planned, planned)
         for tap in new:
             tap.open(groups, self.device)
 
     def run(self, batch, bar):
-        "Add what all outputs (or probes) send back for one batch."
-        todo = [_Part(batch)]
+        "Add what all outputs (or probes) send back for one batch; the bar counts by samples."
+        todo = self._fitting(batch)
         while todo:
             part = todo.pop()
             if self.single and len(part) > 1:
@@ -143,17 +105,29 @@ class Puller:
                 self.single = True
                 todo.append(part)
             except (MemoryError, RuntimeError) as e:
-                if not _memory_ended(e): raise
+                if not memory_ended(e): raise
                 todo += part.smaller()
+
+    def _fitting(self, batch):
+        "A batch in parts that fit in memory."
+        held = sum(m.nbytes for tap in self.watch.taps for m in tap.moments or ())
+        part, rows = Part(batch), self.planner.rows(batch, held)
+        if rows >= len(part): return [part]
+        if not self.apart:                      # parts of one sample would not show it
+            check_mixing(self.outputs, batch)
+        self.apart = True
+        return part.split(-(-len(part) // rows))
 
     def _pull_back(self, part, bar):
         "All pull-backs of a part; it knows how far they are when memory ends."
         if self.single:
             part.copies = 1
         y = self._forward(repeat(part.batch, part.copies or 1))
-        bar.total = total = self.seeds.total(y.shape[1] if y.ndim else 1)
+        total = self.seeds.total(y.shape[1] if y.ndim else 1)
+        bar.total = self.expected and self.expected * total
         if part.copies is None:
-            part.copies = self._copies(y, total)
+            marked = sum(tap.bytes for tap in self.taps)
+            part.copies = self.planner.copies(marked, total, len(part)) if y.ndim else 1
             if part.copies > 1:
                 y = self._forward(repeat(part.batch, part.copies))
         if self._is_shared(y): raise _Shared
@@ -163,13 +137,7 @@ class Puller:
             self._pull(y, v, last=part.start + live >= total)
             self.counts[self._group] += len(part) * live / self.seeds.parts(total)
             part.start += live
-            bar.update(live)
-
-    def _copies(self, y, total):
-        "How many copies of a batch fit; two groups need two pull-backs at least."
-        if not y.ndim: return 1
-        marked = sum(tap.bytes for tap in self.taps)
-        return max(1, min(total // self.seeds.groups, _ROOM // max(1, marked)))
+            bar.update(live * len(part))
 
     def _seeds(self, y, part, live):
         "What each copy pulls back; copies beyond `live` nothing."
@@ -190,7 +158,8 @@ class Puller:
         for scale in scales:
             final = scale == scales[-1]
             keep = not (last and final)
-            grads = torch.autograd.grad(y, edges, scale * v, retain_graph=keep, allow_unused=True)
+            seeds = v if scale == 1 else scale * v
+            grads = torch.autograd.grad(y, edges, seeds, retain_graph=keep, allow_unused=True)
             if final or all(g is None or g.isfinite().all() for g in grads):
                 break
         each = iter(grads)
@@ -259,7 +228,8 @@ def check_pass(watch,   # after a forward pass
     if not watch.taps: raise ValueError(f"model {type(model).__name__} {NO_SITES}")
     if all(tap.why == LEFT_OUT for tap in watch.taps): raise ValueError(_no_match(watch))
     if not y.requires_grad: raise ValueError(_NO_PATH + _reason(watch))
-    if not torch.isfinite(y).all(): raise ValueError(blame(model, batch))
+    if not torch.linalg.vector_norm(y.detach(), math.inf).isfinite():     # without a copy
+        raise ValueError(blame(model, batch))
     watch.check_codes()
 
 
@@ -293,4 +263,4 @@ def check_mixing(outputs,   # Outputs
 def _middle(outputs, batch):
     "The outputs of the second of three samples."
     with torch.inference_mode(False), torch.no_grad():
-        return outputs(batch)[1]
+        return outputs(batch)[1].clone()        # the others need not be kept

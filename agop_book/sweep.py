@@ -9,7 +9,7 @@ __all__ = ['Sweep']
 import numbers
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .arrays import is_count, is_number
 from .coverage import coverage
 from .functions import check_mode, steady
-from .nested import model_batches
+from .nested import model_batches, sample_count
 from .outputs import Outputs
 from .processes import all_or_none, is_distributed
 from .pulling import NO_SITES, EveryOutput, Puller, RandomSigns
@@ -35,6 +35,7 @@ class Sweep:
     progress: bool = False
     reduce: bool = True            # over the processes of torch.distributed
     only: str | None = None        # regular expression of site names
+    planned: int = field(default=0, init=False)    # bytes that the last walk was planned to take
 
     def __post_init__(self):
         if not (self.probes is None or is_count(self.probes, 2) and self.probes <= 10**6):
@@ -57,14 +58,16 @@ class Sweep:
             with watching(model, self.only) as watch:
                 weight = _first_weight(watch)
                 seeds = self._seeds(together)
-                puller = Puller(watch, Outputs(model, self.output), seeds, weight.device, check)
+                puller = Puller(watch, Outputs(model, self.output), seeds, weight.device, check,
+                                named=self.batch_size is not None)
                 puller.open()
                 _check_values(model)
-                self._walk(puller, model_batches(data, self.batch_size, weight))
+                self._walk(puller, model_batches(data, self.batch_size, weight), data)
                 if together:
                     puller.add_processes()
                 if not sum(puller.counts):
                     raise ValueError("data is empty: no batch came out of it.")
+                self.planned = puller.planner.planned
                 return _sites(watch, puller.counts), coverage(watch)
 
     def _seeds(self, together):
@@ -73,11 +76,12 @@ class Sweep:
         rank = torch.distributed.get_rank() if together else 0
         return RandomSigns(self.probes, torch.Generator().manual_seed(self.seed + rank))
 
-    def _walk(self, puller, batches):
-        "Through all batches, with bars where it takes long."
+    def _walk(self, puller, batches, data):
+        "Through all batches, with a bar of samples times outputs (or probes) where it takes long."
+        puller.expected = sample_count(data)
         quiet = dict(disable=not self.progress, leave=False, delay=2)
-        for batch in tqdm(batches, desc="nfa: batches", **quiet):
-            with tqdm(desc="nfa: outputs", **quiet) as bar:
+        with tqdm(desc="nfa: samples x pull-backs", **quiet) as bar:
+            for batch in batches:
                 puller.run(batch, bar)
 
 

@@ -95,7 +95,7 @@ class Tap:
         for e in range(max(1, self.experts)):
             name = f"{self.name}[{e}]" if self.experts else self.name
             sums = [s for m in self.moments for s in m.sums[:groups, e].unbind(1)]
-            W = self.weight(e).double()
+            W = self.weight(e)
             for (kind, head, rows), s in zip(self.blocks, sums):
                 found.append((name, kind, head, self._part(W, rows), s, self.inner))
         return found
@@ -121,8 +121,8 @@ def plan_sums(taps,              # of one sweep
     taps = [tap for tap in taps if tap.why != LEFT_OUT]
     sizes = {tap: tap.size(groups) for tap in taps}
     once = [tap.size(1) for tap in taps]
-    weights = sum(8 * max(1, tap.experts) * tap.weight(0).numel() for tap in taps)
-    need = sum(sizes.values()) + sum(once) // 2 + weights + 6 * max(once, default=0)
+    weight = max((8 * tap.weight(0).numel() for tap in taps), default=0)      # one at a time
+    need = sum(sizes.values()) + max(sum(once) // 2, 2 * weight + 6 * max(once, default=0))
     if need < _SMALL: return need
     largest = sorted(taps, key=sizes.get, reverse=True)[:3]
     names = ", ".join(f"{tap.name} ({sizes[tap] / 2**30:.1f} GiB)" for tap in largest)

@@ -55,11 +55,12 @@ class AdaptiveRFM(ManyRowsRFM):
     # --- a fit
 
     @all_or_nothing
-    def fit(self, X, y=None, X_val=None, y_val=None, M=None, sample_weight=None):
+    def fit(self, X, y=None, X_val=None, y_val=None, M=None, sample_weight=None, checkpoint=None):
         """Fit to rows `X` `(n, d)`, a frame or an array, and `y` `(n,)` or `(n, c)`.
 
         `X` may also be what `agop_book.rowstream.rows_of` makes of files, memmaps and batches, with
-        the targets in it; of more rows than the dense solver takes, M is learned on a sample.
+        the targets in it; of more rows than the dense solver takes, M is learned on a sample, and
+        what is finished is kept in the file `checkpoint`, from which the same call goes on.
 
         With bandwidth="auto", or with lists to choose from, everything that is open is chosen on
         rows that M has not seen: on `X_val`, `y_val`, on the part `validation_fraction`, or in
@@ -74,7 +75,7 @@ class AdaptiveRFM(ManyRowsRFM):
         validated = X_val is not None or y_val is not None or self.validation_fraction is not None
         if self._goes_by_sample(X) and not validated:
             self._refuse_a_start(M)
-            self._fit_by_sample(X, y, sample_weight)
+            self._fit_by_sample(X, y, sample_weight, checkpoint)
             return self
         going_on = self._going_on() if M is None else None
         X, y = self._check_fit(X, y)

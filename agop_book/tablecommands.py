@@ -6,7 +6,6 @@
 __all__ = ['add_table_commands', 'bytes_of', 'fit_rows', 'open_model']
 
 # %% ../nbs/workshop/tablecommands.ipynb #a33cdfc0
-import inspect
 import os
 import re
 import sys
@@ -151,17 +150,8 @@ def fit_rows(model,             # an estimator
              rows,              # `Rows` with targets
              checkpoint=None    # file for finished rounds
              ):                 # the fitted model
-    "Fit a model to rows; one that takes no `Rows` gets all of them in memory."
-    if "checkpoint" in inspect.signature(model.fit).parameters:
-        return model.fit(rows, checkpoint=checkpoint)
-    if checkpoint is not None:
-        raise UsageError(f"--checkpoint: {type(model).__name__} keeps none")
-    from agop_book.rowstream import scan
-    found = scan(rows, 2**31 - 1, 0)
-    order = found.at.argsort()
-    X = found.X.iloc[order] if hasattr(found.X, "iloc") else found.X[order]
-    w = None if found.w is None else found.w[order]
-    return model.fit(X, found.y[order], sample_weight=w)
+    "Fit a model to rows."
+    return model.fit(rows, checkpoint=checkpoint)
 
 
 def _fit(args):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Sample', 'Fitted', 'fit_part', 'outer_products', 'next_matrix', 'softened', 'cuts', 'Growth']
 
-# %% ../nbs/workshop/growing.ipynb #ba072f1f
+# %% ../nbs/workshop/growing.ipynb #3dddb96d
 import math
 import time
 from dataclasses import dataclass, field, replace
@@ -21,7 +21,7 @@ from .nystrom import Falkon
 from .partials import Block, LocalParts
 from .points import Points
 
-# %% ../nbs/workshop/growing.ipynb #3d73818b
+# %% ../nbs/workshop/growing.ipynb #4d80aebc
 class Sample(NamedTuple):
     "Rows of a table in the columns that are compared, in random order."
     x: torch.Tensor       # (s, p)
@@ -54,7 +54,7 @@ class Sample(NamedTuple):
         "The loss of a machine that says 0."
         return float(self.held.w @ self.held.Y.square().sum(1) / self.held.w.sum())
 
-# %% ../nbs/workshop/growing.ipynb #41c81255
+# %% ../nbs/workshop/growing.ipynb #d92accb0
 class Fitted(NamedTuple):
     "A fit on a part of the sample."
     kernel: Kernel      # its bandwidth counts typical distances
@@ -91,7 +91,7 @@ def fit_part(sample: Sample,     # whose first rows are taken
     rounding = sample.agree(solver.rounding(coef))
     return Fitted(kernel, M, reg, rows, machine, step.number, rounding, sample.loss(machine))
 
-# %% ../nbs/workshop/growing.ipynb #b0b4704d
+# %% ../nbs/workshop/growing.ipynb #9da497e0
 _AGOP_ROWS = 8192   # of a part: the mean of so many outer products is known to about a percent
 
 
@@ -131,7 +131,7 @@ def softened(M: torch.Tensor   # (p,) or (p, p)
     eye = torch.eye(len(M), dtype=M.dtype, device=M.device)
     return (1 - _SOFT) * M / M.trace() + _SOFT / len(M) * eye
 
-# %% ../nbs/workshop/growing.ipynb #308e7a56
+# %% ../nbs/workshop/growing.ipynb #69ebe62b
 _GAPS = 3         # cuts that are tried
 _WIDE = 1.5       # ratio of neighbouring values that makes a gap
 _SMALL = 1e-4     # of the largest value: below, cutting changes nothing
@@ -157,11 +157,12 @@ def _with(values, vectors, top):
     left[top] = values[top]
     return left if vectors is None else (vectors * left) @ vectors.T
 
-# %% ../nbs/workshop/growing.ipynb #d64ab289
+# %% ../nbs/workshop/growing.ipynb #cdc71858
 _FIRST = 2500        # rows of the first part
 _CENTERS = 2000      # at most, while M is learned
 _TURNED = 0.9995     # cosine of two matrices in a row: from there on M no longer turns
 _BETTER = 0.01       # of the loss: what a change has to win
+_ROUNDING = 0.01     # of the stated error: what rounding may add to it
 
 
 @dataclass
@@ -207,7 +208,7 @@ class Growth:
         for dtype in (torch.float32, torch.float64):
             if dtype == torch.float32 and options["reg"] < self.coarse: continue
             fit = fit_part(self.sample, error=self.error / 10, dtype=dtype, **options)
-            if fit.rounding < self.error: return fit
+            if fit.rounding < _ROUNDING * self.error: return fit
             self.coarse = max(self.coarse, options["reg"])
         return fit
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Nystrom', 'NystromSolver', 'solver_of']
 
-# %% ../nbs/workshop/iterative.ipynb #a3fe576f
+# %% ../nbs/workshop/iterative.ipynb #1e9637bf
 import math
 from dataclasses import dataclass
 
@@ -21,9 +21,10 @@ from .partials import Block, LocalParts
 from .solvers import SOLVERS, Fit, Solver
 from .structures import Full
 
-# %% ../nbs/workshop/iterative.ipynb #879ee681
+# %% ../nbs/workshop/iterative.ipynb #6e2634c2
 _CENTERS = 12        # times the root of the rows, as the theory of Falkon wants them
 _LEAST = 1000        # fewer save nothing: the rows are what takes time
+_ROUNDING = 0.01     # of the stated error: what the rounding of tiles may add to it
 _SQUARES = 4         # arrays (m, m) in double precision at the same time
 
 
@@ -73,7 +74,7 @@ class Nystrom(Nested):
         "The `NystromSolver` of these options."
         return NystromSolver(*args, **options, options=self)
 
-# %% ../nbs/workshop/iterative.ipynb #60e9021e
+# %% ../nbs/workshop/iterative.ipynb #e2394370
 class NystromSolver(Solver):
     "Kernel ridge regression on centres, for rows in memory."
 
@@ -100,7 +101,7 @@ class NystromSolver(Solver):
         for dtype in dict.fromkeys((self.dtype, torch.float64)):
             solver, coef = self._solved(reg, dtype)
             self.dtype = dtype     # a ridge that needs double precision is not the last
-            if solver.rounding(coef) < self.options.error:
+            if solver.rounding(coef) < _ROUNDING * self.options.error:
                 break
         machine = ProjectedMachine(self.kernel, self.X[self.chosen], coef.to(self.X),
                                    self.structure.on_rows(self.M))
@@ -127,7 +128,7 @@ class NystromSolver(Solver):
 
 SOLVERS["nystrom"] = Nystrom()
 
-# %% ../nbs/workshop/iterative.ipynb #35fd964c
+# %% ../nbs/workshop/iterative.ipynb #9cdecc32
 _DENSE = 10_000      # rows: up to here the dense solver pays
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ManyRowsRFM']
 
-# %% ../nbs/workshop/manyrows.ipynb #d84411e3
+# %% ../nbs/workshop/manyrows.ipynb #4efd3bf5
 import time
 
 import numpy as np
@@ -35,7 +35,7 @@ from .rowchecks import Rows
 from .rowstream import rows_of, scan
 from .sharing import shared_keys, shared_scan
 
-# %% ../nbs/workshop/manyrows.ipynb #4cbb6026
+# %% ../nbs/workshop/manyrows.ipynb #725ed56c
 _SEARCH = 8192       # rows of the sample that the search may look at; it takes 2,000 of them
 _HELD = 9            # of the sample one row in so many is held out, but no more than:
 _HELD_MOST = 8192
@@ -129,7 +129,7 @@ class ManyRowsRFM(ChoosingRFM):
 
     def compared(self, X, device):
         "The columns `(b, p)` that the machine compares, of a batch of rows."
-        return send(self.design_.transform(self._rows(X)), np.float32, device)
+        return send(self.design_.transform(np.asarray(self._rows(X))), np.float32, device)
 
     def _searched(self, X, Y, w, rng, job):
         "A design, and the units of targets, as the search chooses them on a part of the sample."

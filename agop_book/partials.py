@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Block', 'LocalParts', 'ClusterParts']
 
-# %% ../nbs/workshop/partials.ipynb #75e9c342
+# %% ../nbs/workshop/partials.ipynb #1d053fc7
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from .extras import extra
 from .processes import all_sum, from_first
 
-# %% ../nbs/workshop/partials.ipynb #3d4a0db3
+# %% ../nbs/workshop/partials.ipynb #632fe37d
 class Block(NamedTuple):
     "Some rows of a table, ready for a kernel."
     x: torch.Tensor          # (b, p), rows
@@ -28,7 +28,7 @@ class Block(NamedTuple):
             rows = slice(start, start + size)
             yield Block(self.x[rows], self.Y[rows], None if self.w is None else self.w[rows])
 
-# %% ../nbs/workshop/partials.ipynb #46a1c7e4
+# %% ../nbs/workshop/partials.ipynb #ea57dcdc
 class LocalParts:
     "Blocks of this process; with `together`, what all processes hold is one table."
 
@@ -51,7 +51,7 @@ class LocalParts:
         if not self.together: return number
         return float(from_first(torch.tensor(number, dtype=torch.float64)))
 
-# %% ../nbs/workshop/partials.ipynb #99165a0c
+# %% ../nbs/workshop/partials.ipynb #51e42ad4
 class ClusterParts:
     "Blocks that live on the workers of a Dask cluster."
 
@@ -66,7 +66,7 @@ class ClusterParts:
         "The sum of a function over all blocks. RuntimeError where a worker fails."
         with extra("large"):
             from distributed import as_completed
-        args = self.client.scatter(list(args), broadcast=True, hash=False)
+        args = [self.client.scatter([arg], broadcast=True, hash=False)[0] for arg in args]
         parts = [self.client.submit(_applied, function, block, *args, pure=False)
                  for block in self.blocks]
         total = 0

@@ -23,6 +23,9 @@ from .kernelrfm import RULES
 from .manyrows import ManyRowsRFM
 from .parameters import Rule, all_or_nothing, check_parameters, flag, or_auto
 from .probabilities import Calibration
+from .rowchecks import Rows
+from .rowstream import rows_of
+from .rowtables import is_dask
 from .solvers import first
 from .tablemachine import TableMachine
 
@@ -73,7 +76,11 @@ class AdaptiveRFM(ManyRowsRFM):
         rows."""
         check_parameters(self, self._rules)
         validated = X_val is not None or y_val is not None or self.validation_fraction is not None
-        if self._goes_by_sample(X) and not validated:
+        if is_dask(X):
+            X, y, sample_weight = rows_of(X, y, weight=sample_weight), None, None
+        if isinstance(X, Rows) and (few := self._few(X)):
+            X, y, sample_weight = few
+        elif self._goes_by_sample(X) and not validated:
             self._refuse_a_start(M)
             self._fit_by_sample(X, y, sample_weight, checkpoint)
             return self

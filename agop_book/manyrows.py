@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ManyRowsRFM']
 
-# %% ../nbs/workshop/manyrows.ipynb #4efd3bf5
+# %% ../nbs/workshop/manyrows.ipynb #678fe75a
 import time
 
 import numpy as np
@@ -24,7 +24,7 @@ from .directions import ProjectedMachine
 from .estimators import send
 from .folds import DistinctRows
 from .growing import Growth, Sample
-from .iterative import Nystrom, solver_of
+from .iterative import DENSE_ROWS, Nystrom, solver_of
 from .modelfiles import kernel_from_header
 from .nystrom import Falkon, squared_errors
 from .partials import Block, ClusterParts, LocalParts
@@ -35,7 +35,7 @@ from .rowchecks import Rows
 from .rowstream import rows_of, scan
 from .sharing import shared_keys, shared_scan
 
-# %% ../nbs/workshop/manyrows.ipynb #725ed56c
+# %% ../nbs/workshop/manyrows.ipynb #dd260951
 _SEARCH = 8192       # rows of the sample that the search may look at; it takes 2,000 of them
 _HELD = 9            # of the sample one row in so many is held out, but no more than:
 _HELD_MOST = 8192
@@ -46,9 +46,21 @@ class ManyRowsRFM(ChoosingRFM):
 
     def _goes_by_sample(self, X):
         "Whether these rows are too many to be looked at together."
-        if isinstance(X, Rows) or hasattr(X, "dask"): return True
+        if isinstance(X, Rows): return True
         n = len(X) if hasattr(X, "__len__") else 0
         return self._is_adaptive() and isinstance(solver_of(self.solver, n), Nystrom)
+
+    def _few(self, rows):
+        "(X, y, weights) in memory where the dense solver is to have them, or None."
+        auto = self.solver == "auto"
+        if not auto and isinstance(solver_of(self.solver, 0), Nystrom): return None
+        if auto and (rows.n or 0) > DENSE_ROWS: return None
+        most = DENSE_ROWS if auto else 2**31 - 1
+        found = scan(rows, most, 0, labels=isinstance(self, ClassifierMixin))
+        if found.n > most: return None
+        order = found.at.argsort()
+        X = found.X.iloc[order] if hasattr(found.X, "iloc") else found.X[order]
+        return X, *(None if a is None else a[order] for a in (found.y, found.w))
 
     def _fit_by_sample(self, rows, y, weight, checkpoint):
         "A fit to many rows; processes that fit together succeed or fail together."
@@ -200,10 +212,8 @@ class ManyRowsRFM(ChoosingRFM):
     def _solve_all(self, growth, rows, n, units, job):
         "Solve on all rows with what was found, and keep it."
         best, start = growth.best, time.perf_counter()
-        prepare = Prepared(self, best.machine, *units, job.device)
-        numbers = n * (growth.sample.Y.shape[1] + best.machine.compared_centers.shape[1])
-        keep = best.machine.coef.element_size() * numbers <= self._limit(job.device) / 2
-        parts = self._parts(rows, prepare, keep, growth.sample.together)
+        parts = self._parts(rows, n, Prepared(self, best.machine, *units, job.device),
+                            growth.sample)
         total, squares = (parts.sum(f) for f in (total_weight, total_squares))
         solver = Falkon(best.machine.kernel, best.machine.compared_centers, parts, float(total),
                         squares, best.reg)
@@ -217,24 +227,23 @@ class ManyRowsRFM(ChoosingRFM):
         finally:
             coef = solver.coef(step.beta).to(best.machine.centers)
             left = parts.sum(squared_errors, solver.tiles, coef)
-            job.history.append({
-                "stage": "all rows", "rows": n, "centers": len(coef), "reg": best.reg,
-                "passes": step.number, "precision": str(coef.dtype).removeprefix("torch."),
-                "residual": step.residual, "seconds": time.perf_counter() - start,
-                "train_score": float(1 - (left.sum() / squares.sum()))})
+            job.solved(n, best, step, float(1 - left.sum() / squares.sum()), start)
             self._keep_all(best, coef, units, job.history)
 
-    def _parts(self, rows, prepare, keep, together):
+    def _parts(self, rows, n, prepare, sample):
         "All rows as blocks: on the cluster that has them, or here, kept or streamed."
         if client := cluster_of(rows):
             return ClusterParts(prepared_there(rows, prepare, client), client)
-        if not keep: return LocalParts([StreamedBlocks(rows, prepare)], together)
+        machine = prepare.machine
+        numbers = n * (sample.Y.shape[1] + machine.compared_centers.shape[1])
+        if machine.coef.element_size() * numbers > self._limit(prepare.device) / 2:
+            return LocalParts([StreamedBlocks(rows, prepare)], sample.together)
         blocks = []
         with tqdm(total=rows.n, disable=not self.verbose, desc="directions", unit="row") as bar:
             for batch in rows.batches():
                 blocks.append(prepare(*batch))
                 bar.update(len(blocks[-1].x))
-        return LocalParts(blocks, together)
+        return LocalParts(blocks, sample.together)
 
     def _keep_all(self, best, coef, units, history):
         "Set the attributes of a fit."

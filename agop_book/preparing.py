@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Prepared', 'StreamedBlocks', 'total_weight', 'total_squares']
 
-# %% ../nbs/workshop/preparing.ipynb #f46a736b
+# %% ../nbs/workshop/preparing.ipynb #1aeb9f79
 import numpy as np
 import torch
 
 from .estimators import send
 from .partials import Block
 
-# %% ../nbs/workshop/preparing.ipynb #75566465
+# %% ../nbs/workshop/preparing.ipynb #0b2124a8
 class Prepared:
     "Makes blocks of batches, for one design, one set of directions and one scale of targets."
 
@@ -39,7 +39,7 @@ class Prepared:
             each = send(each / self.weight, np.float32, self.device)
             each = each.to(self.machine.coef)
         x, Y = x.to(self.machine.coef), Y.to(self.machine.coef)
-        return Block(self.machine.directions(x), Y, each)
+        return Block(self.machine.compared(x), Y, each)
 
 
 class StreamedBlocks:
@@ -56,7 +56,7 @@ class StreamedBlocks:
         for batch in self.rows.batches():
             yield from self.prepare(*batch).pieces(size)
 
-# %% ../nbs/workshop/preparing.ipynb #f6f342bc
+# %% ../nbs/workshop/preparing.ipynb #e47c5443
 def total_weight(block: Block   # of rows
                  ) -> torch.Tensor:
     "The weight of all rows, `(1,)`."

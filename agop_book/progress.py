@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FitProgress', 'FitJob']
 
-# %% ../nbs/workshop/progress.ipynb #00e4ec21
+# %% ../nbs/workshop/progress.ipynb #b96891b5
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from .files import check_writable, load_arrays, save_arrays
 from .modelfiles import kernel_from_header, kernel_to_header
 from .nystrom import Step
 
-# %% ../nbs/workshop/progress.ipynb #6419d8fc
+# %% ../nbs/workshop/progress.ipynb #058584dd
 _KIND = "unfinished fit"
 
 
@@ -74,7 +75,7 @@ class FitProgress:
         if self.path is not None:
             Path(self.path).unlink(missing_ok=True)
 
-# %% ../nbs/workshop/progress.ipynb #3b8a4f71
+# %% ../nbs/workshop/progress.ipynb #ca9031b8
 class FitJob:
     "The options of a fit, where it is done, its history, and its progress."
 
@@ -119,6 +120,20 @@ class FitJob:
         "A pass over all rows is done."
         self.progress.save({"beta": step.beta, "r": step.r, "direction": step.direction},
                            stage="solve", number=step.number, residual=step.residual)
+
+    def solved(self, n, best, step, score, start):
+        "The last solve is done, or interrupted."
+        self.history.append({
+            "stage": "all rows",
+            "rows": n,
+            "centers": len(step.beta),
+            "reg": best.reg,
+            "passes": step.number,
+            "precision": str(best.machine.coef.dtype).removeprefix("torch."),
+            "residual": step.residual,
+            "train_score": score,
+            "seconds": time.perf_counter() - start,
+        })
 
     def step(self):
         "The pass from which to go on, or None."

@@ -104,7 +104,7 @@ from agop_book.rfm import RFMRegressor
 used = psutil.Process().memory_info().rss
 print(free_memory(), used)
 X = np.random.default_rng(0).normal(size=(14_000, 3))
-try: RFMRegressor(bandwidth=10.0, n_iter=0).fit(X, X[:, 0])
+try: RFMRegressor(bandwidth=10.0, n_iter=0, solver="cholesky").fit(X, X[:, 0])
 except MemoryError as error: print("refused:", error)
 """
 

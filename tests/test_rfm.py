@@ -428,7 +428,7 @@ LABELS = (y > 0).astype(int)
         ({"n_iter": True}, "n_iter"),
         ({"kernel": "cauchy"}, "kernel must be a Kernel or one of"),
         ({"kernel": ["laplace"]}, "kernel"),
-        ({"solver": "magic"}, "solver must be one of"),
+        ({"solver": "magic"}, "solver must be"),
         ({"diag": "yes"}, "diag"),
         ({"center": 3}, "center"),
         ({"validation_fraction": 1.5}, "validation_fraction"),

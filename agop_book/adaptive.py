@@ -77,7 +77,8 @@ class AdaptiveRFM(ManyRowsRFM):
         check_parameters(self, self._rules)
         validated = X_val is not None or y_val is not None or self.validation_fraction is not None
         if is_dask(X):
-            X, y, sample_weight = rows_of(X, y, weight=sample_weight), None, None
+            X = rows_of(X, y, weight=sample_weight)
+            y = sample_weight = None
         if isinstance(X, Rows) and (few := self._few(X)):
             X, y, sample_weight = few
         elif self._goes_by_sample(X) and not validated:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Sample', 'Fitted', 'fit_part', 'outer_products', 'next_matrix', 'softened', 'Growth']
 
-# %% ../nbs/workshop/growing.ipynb #31ab525f
+# %% ../nbs/workshop/growing.ipynb #d94939b5
 import math
 import time
 from dataclasses import dataclass, field, replace
@@ -21,7 +21,7 @@ from .nystrom import Falkon
 from .partials import Block, LocalParts
 from .points import Points
 
-# %% ../nbs/workshop/growing.ipynb #b490f21b
+# %% ../nbs/workshop/growing.ipynb #eca3427a
 class Sample(NamedTuple):
     "Rows of a table in the columns that are compared, in random order."
     x: torch.Tensor       # (s, p)
@@ -54,7 +54,7 @@ class Sample(NamedTuple):
         "The loss of a machine that says 0."
         return float(self.held.w @ self.held.Y.square().sum(1) / self.held.w.sum())
 
-# %% ../nbs/workshop/growing.ipynb #02500912
+# %% ../nbs/workshop/growing.ipynb #19dc825a
 class Fitted(NamedTuple):
     "A fit on a part of the sample."
     kernel: Kernel      # its bandwidth counts typical distances
@@ -91,7 +91,7 @@ def fit_part(sample: Sample,     # whose first rows are taken
     rounding = sample.agree(solver.rounding(coef))
     return Fitted(kernel, M, reg, rows, machine, step.number, rounding, sample.loss(machine))
 
-# %% ../nbs/workshop/growing.ipynb #f049ce68
+# %% ../nbs/workshop/growing.ipynb #70ae1eff
 _AGOP_ROWS = 8192   # of a part: the mean of so many outer products is known to about a percent
 
 
@@ -114,11 +114,11 @@ def next_matrix(fit: Fitted,      # its machine has the gradients
                 sample: Sample,   # at whose rows they are taken
                 structure    # what is kept of the AGOP
                 ) -> torch.Tensor:
-    "AGOP^(1/2) of a fit at its rows, over its largest diagonal entry."
+    "AGOP^(1/2) of a fit at its rows, over its largest diagonal entry; float64."
     parts = sample.parts(min(fit.rows, _AGOP_ROWS), torch.Tensor.contiguous)
     total = parts.sum(outer_products, fit.machine, structure)
     G = unit_metric(structure.settle(total / len(sample.x), clip=True))
-    return unit_metric(matrix_power(G, 0.5, clip=True)).to(sample.x)
+    return unit_metric(matrix_power(G, 0.5, clip=True))
 
 
 _SOFT = 0.3          # of the trace: less hides weak directions, more blurs those that are known
@@ -131,12 +131,14 @@ def softened(M: torch.Tensor   # (p,) or (p, p)
     eye = torch.eye(len(M), dtype=M.dtype, device=M.device)
     return (1 - _SOFT) * M / M.trace() + _SOFT / len(M) * eye
 
-# %% ../nbs/workshop/growing.ipynb #b587950a
+# %% ../nbs/workshop/growing.ipynb #18d922fd
 _FIRST = 2500        # rows of the first part
 _CENTERS = 2000      # at most, while M is learned
 _TURNED = 0.9995     # cosine of two matrices in a row: from there on M no longer turns
 _BETTER = 0.01       # of the loss: what a change has to win
-_ROUNDING = 0.01     # of the stated error: what rounding may add to it
+_ROUNDING = 0.1      # of the stated error: what rounding may add to it in a choice,
+_ROUNDING_LAST = 0.01   # and in the last solve
+_CHOOSE_ON = 20_000  # rows at most: what to cut, and bandwidth and ridge, show on so many
 
 
 @dataclass
@@ -219,9 +221,14 @@ class Growth:
             yield M
             if still and rows == sizes[-1]: return
 
-    def cut(self, M: torch.Tensor):
+    def cut(self, M: torch.Tensor,   # after the last round
+            search=None              # the matrix that the rounds began with
+            ):
         "Tries M without its smaller values, with more rounds within what is left."
-        rows = len(self.sample.x)
+        rows = min(len(self.sample.x), _CHOOSE_ON)
+        self.best = None        # fits to other rows do not compare
+        if search is not None:
+            self.fit("search", search, rows)
         self.fit("M", M, rows)
         for pair in cuts(M):
             fits = [self.fit("cut", cut, rows) for cut in pair]
@@ -233,7 +240,7 @@ class Growth:
             before = fit
             M = next_matrix(before, self.sample, self.structure)
             fit = self.fit("cut", M, before.rows)
-            if fit.loss > (1 - _BETTER) * before.loss: return
+            if not self._better(fit, before): return
 
     def tune(self, fit: Fitted):
         "Walks from a fit to other bandwidths and ridges, while that pays, and stays there."
@@ -246,10 +253,15 @@ class Growth:
         "Multiply the bandwidth or the ridge by a factor, again and again; the best fit."
         for factor in factors:
             best, found = fit, self._changed(fit, name, factor)
-            while found.loss < (1 - _BETTER) * best.loss:
+            while self._better(found, best):
                 best, found = found, self._changed(found, name, factor)
             if best is not fit: return best
         return fit
+
+    def _better(self, fit, than):
+        "Whether a fit wins more than is worth the time that a narrower one takes."
+        least = max(_BETTER * than.loss, self.error * self.sample.variance())
+        return fit.loss < than.loss - least
 
     def _changed(self, fit, name, factor):
         "The fit with another bandwidth or ridge."
@@ -263,16 +275,20 @@ class Growth:
     def widen(self, centers=None   # so many in any case; None: as many as pay
               ):
         "Doubles the centres of the best fit, until that wins less than the stated error."
-        least, rows = self.error * self.sample.variance(), len(self.sample.x)
+        least = self.error * self.sample.variance()
+        rows = min(len(self.sample.x), _CHOOSE_ON)
         if centers is not None:
             self.best = self._with_centers(min(centers, rows))
         while not centers and 2 * len(self.best.machine.centers) <= min(self.most, rows // 2):
             before = self.best
             self.best = self._with_centers(2 * len(before.machine.centers))
-            if before.loss - self.best.loss < least: return
+            if before.loss - self.best.loss < least:
+                break
+        if self.best.rounding > _ROUNDING_LAST * self.error:
+            self.best = self.best._replace(machine=self.best.machine.double())
 
     def _with_centers(self, count):
         "The best fit on the whole sample, with so many centres."
         best = self.best
-        return self.fit("centers", best.M, len(self.sample.x), count, kernel=best.kernel,
+        return self.fit("centers", best.M, best.rows, count, kernel=best.kernel,
                         reg=best.reg)

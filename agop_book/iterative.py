@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DENSE_ROWS', 'Nystrom', 'NystromSolver', 'solver_of']
 
-# %% ../nbs/workshop/iterative.ipynb #463ab69b
+# %% ../nbs/workshop/iterative.ipynb #771e8633
 import math
 from dataclasses import dataclass
 
@@ -21,8 +21,9 @@ from .partials import Block, LocalParts
 from .solvers import SOLVERS, Fit, Solver
 from .structures import Full
 
-# %% ../nbs/workshop/iterative.ipynb #22ecb13a
+# %% ../nbs/workshop/iterative.ipynb #8bac2441
 _CENTERS = 12        # times the root of the rows, as the theory of Falkon wants them
+_MOST = 8192         # more take minutes for their own m^3, and must be asked for
 _LEAST = 1000        # fewer save nothing: the rows are what takes time
 _ROUNDING = 0.01     # of the stated error: what the rounding of tiles may add to it
 _SQUARES = 4         # arrays (m, m) in double precision at the same time
@@ -50,7 +51,7 @@ class Nystrom(Nested):
                      ) -> int:
         "As many centres as the memory holds, or as were asked for. MemoryError for next to none."
         if self.centers is not None: return min(self.centers, n)
-        fits = int(math.sqrt(max(limit, 0) / (2 * 8 * _SQUARES)))
+        fits = min(_MOST, int(math.sqrt(max(limit, 0) / (2 * 8 * _SQUARES))))
         if fits >= min(n, 100): return min(fits, n)
         raise MemoryError(f"a fit to X with {n:,} rows takes centres, of which {fits} fit into the "
                           f"{limit / 2**20:.0f} MiB that are left for them; fewer than 100 say "
@@ -70,13 +71,13 @@ class Nystrom(Nested):
 
     def _count(self, n):
         "Centres for n rows, where nothing is chosen by trial."
-        return self.centers or max(_LEAST, int(_CENTERS * n**0.5))
+        return self.centers or min(_MOST, max(_LEAST, int(_CENTERS * n**0.5)))
 
     def __call__(self, *args, **options):
         "The `NystromSolver` of these options."
         return NystromSolver(*args, **options, options=self)
 
-# %% ../nbs/workshop/iterative.ipynb #74a40e8d
+# %% ../nbs/workshop/iterative.ipynb #59ecc09e
 class NystromSolver(Solver):
     "Kernel ridge regression on centres, for rows in memory."
 
@@ -130,7 +131,7 @@ class NystromSolver(Solver):
 
 SOLVERS["nystrom"] = Nystrom()
 
-# %% ../nbs/workshop/iterative.ipynb #504df63d
+# %% ../nbs/workshop/iterative.ipynb #3f2b2c09
 DENSE_ROWS = 10_000   # up to here the dense solver pays
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ManyRowsRFM']
 
-# %% ../nbs/workshop/manyrows.ipynb #678fe75a
+# %% ../nbs/workshop/manyrows.ipynb #8efb6420
 import time
 
 import numpy as np
@@ -35,7 +35,7 @@ from .rowchecks import Rows
 from .rowstream import rows_of, scan
 from .sharing import shared_keys, shared_scan
 
-# %% ../nbs/workshop/manyrows.ipynb #dd260951
+# %% ../nbs/workshop/manyrows.ipynb #c297cdeb
 _SEARCH = 8192       # rows of the sample that the search may look at; it takes 2,000 of them
 _HELD = 9            # of the sample one row in so many is held out, but no more than:
 _HELD_MOST = 8192
@@ -152,6 +152,9 @@ class ManyRowsRFM(ChoosingRFM):
             few = slice(0, min(len(X), _SEARCH))
             table = DistinctRows(X[few], Y[few], w[few], None, rng)
             plan = self._plan_search(table, table.folds, job.device, design)
+            # without a matrix product an entry costs ten times as much
+            products = [way for way in plan.ways if way.kernel.bilinear]
+            plan = plan._replace(ways=products or plan.ways)
             self._run_search(plan)
             job.history += [{"stage": "search", **row} for row in plan.search.rows]
             offset = np.zeros(Y.shape[1]) if plan.offset is None else plan.offset
@@ -192,15 +195,13 @@ class ManyRowsRFM(ChoosingRFM):
 
     def _grow(self, growth, job):
         "Choose M, bandwidth, ridge and centres; every round is kept in the file."
-        M = job.progress.arrays["M"].to(growth.sample.x)
+        M = job.progress.arrays["M"].to(growth.sample.x.device)
         if "best" in job.said:
             job.restore(growth)
-        else:
-            growth.fit("search", M, len(growth.sample.x))
         if job.said["stage"] in ("search", "rounds"):
             for M in growth.rounds(M, job.said.get("round", 0)):
                 job.after_round(growth, M)
-            growth.cut(M)
+            growth.cut(M, job.progress.arrays["first M"].to(M.device))
             growth.tune(growth.best)
             growth.widen(job.options.centers)
             job.after(growth, "grown")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Tiles', 'moments', 'normal_products', 'squared_errors', 'Step', 'Falkon']
 
-# %% ../nbs/workshop/nystrom.ipynb #53209b23
+# %% ../nbs/workshop/nystrom.ipynb #743dbec9
 from typing import NamedTuple
 
 import torch
@@ -13,8 +13,8 @@ import torch
 from .kernels import Kernel, Radial
 from .points import Points
 
-# %% ../nbs/workshop/nystrom.ipynb #7f5da0e4
-_ENTRIES = 2**22   # of a tile: larger ones leave the caches, smaller ones pay for each call
+# %% ../nbs/workshop/nystrom.ipynb #c67797ca
+_BYTES = 2**22   # of a tile: larger ones leave the caches, smaller ones pay for each call
 _FAR = 30.0        # bandwidths from the middle: at most 1 % of a bandwidth is then rounded away
 
 
@@ -27,7 +27,7 @@ class Tiles:
         self.kernel = kernel
         self.shift = kernel.shift(centers)
         self.points = Points(centers - self.shift)
-        self.rows = max(64, _ENTRIES // len(centers))   # of a tile
+        self.rows = max(64, _BYTES // (centers.element_size() * len(centers)))   # of a tile
         self.far = _FAR**2 * kernel.bandwidth**2 if isinstance(kernel, Radial) else 0
         ones = torch.ones_like(self.points.sq)
         self.columns = torch.stack([ones, self.points.sq]).T
@@ -41,7 +41,7 @@ class Tiles:
         rows = torch.cat([-2 * left.x, torch.stack([left.sq, ones]).T], 1)
         return self.kernel.phi((rows @ self.columns).clamp_(min=0).sqrt_())
 
-# %% ../nbs/workshop/nystrom.ipynb #863a087b
+# %% ../nbs/workshop/nystrom.ipynb #df521a0b
 def _by_tile(block, tiles):
     "Yields the tile, targets and weights `(b, 1)` (or 1) of every piece of a block."
     for piece in block.pieces(tiles.rows):
@@ -70,7 +70,7 @@ def squared_errors(block,               # `Block`
     "The weighted squares of K coef - Y."
     return sum((w * (K @ coef - Y).square()).double().sum(0) for K, Y, w in _by_tile(block, tiles))
 
-# %% ../nbs/workshop/nystrom.ipynb #560af514
+# %% ../nbs/workshop/nystrom.ipynb #c73deab8
 _LIFT = {torch.float32: 1e-4, torch.float64: 1e-14}   # of the eigenvalues of K_mm, whose mean is 1
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FitProgress', 'FitJob']
 
-# %% ../nbs/workshop/progress.ipynb #b96891b5
+# %% ../nbs/workshop/progress.ipynb #b79625a1
 import time
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from .files import check_writable, load_arrays, save_arrays
 from .modelfiles import kernel_from_header, kernel_to_header
 from .nystrom import Step
 
-# %% ../nbs/workshop/progress.ipynb #058584dd
+# %% ../nbs/workshop/progress.ipynb #a97454aa
 _KIND = "unfinished fit"
 
 
@@ -75,7 +75,7 @@ class FitProgress:
         if self.path is not None:
             Path(self.path).unlink(missing_ok=True)
 
-# %% ../nbs/workshop/progress.ipynb #ca9031b8
+# %% ../nbs/workshop/progress.ipynb #42f1cd82
 class FitJob:
     "The options of a fit, where it is done, its history, and its progress."
 
@@ -92,7 +92,8 @@ class FitJob:
     def searched(self, best, units):
         "The search is done."
         trial = best.trial
-        self.progress.save({"M": mean_metric(best.Ms)}, stage="search", units=units,
+        M = mean_metric([M.double() for M in best.Ms])
+        self.progress.save({"M": M, "first M": M}, stage="search", units=units,
                            trial=[trial.scale, trial.codes], metric=trial.way.metric,
                            kernel=kernel_to_header(trial.way.kernel), reg=best.reg)
 
@@ -113,8 +114,8 @@ class FitJob:
         if "now" in self.said:
             growth.kernel = kernel_from_header(self.said["now"][0])
             growth.reg = self.said["now"][1]
-        growth.fit("again", self.progress.arrays["best M"].to(growth.sample.x), rows, centers,
-                   kernel=kernel_from_header(kernel), reg=reg)
+        M = self.progress.arrays["best M"].to(growth.sample.x.device)
+        growth.fit("again", M, rows, centers, kernel=kernel_from_header(kernel), reg=reg)
 
     def after_pass(self, step):
         "A pass over all rows is done."

@@ -248,7 +248,7 @@ def test_interrupted_while_m_is_learned(tmp_path, monkeypatch):
     X, y = table()
     path = tmp_path / "fit.safetensors"
 
-    def stop(self, M):
+    def stop(self, M, search):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Growth, "cut", stop)

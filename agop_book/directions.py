@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CUT', 'Directions', 'directions_of', 'cuts', 'ProjectedMachine']
 
-# %% ../nbs/workshop/directions.ipynb #e4f049cb
+# %% ../nbs/workshop/directions.ipynb #f92947c4
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,7 +16,7 @@ from .machines import KernelMachine
 from .metrics import Shared
 from .points import Points
 
-# %% ../nbs/workshop/directions.ipynb #0d571272
+# %% ../nbs/workshop/directions.ipynb #2d61fed5
 CUT = 1e-5   # of the trace: below what single precision keeps of a kernel value
 
 
@@ -66,7 +66,7 @@ def _kept(values, cut):
     most = int((sums < (1 - cut) * sums[-1]).sum()) + 1
     return order[:most]
 
-# %% ../nbs/workshop/directions.ipynb #308bcdac
+# %% ../nbs/workshop/directions.ipynb #08516064
 _GAPS = 3         # cuts that are tried
 _WIDE = 1.5       # ratio of neighbouring values that makes a gap
 _SMALL = 1e-4     # of the largest value: below, cutting changes nothing
@@ -92,7 +92,7 @@ def _with(values, vectors, top):
     left[top] = values[top]
     return left if vectors is None else (vectors * left) @ vectors.T
 
-# %% ../nbs/workshop/directions.ipynb #4fc6ed1d
+# %% ../nbs/workshop/directions.ipynb #3b3c2d4c
 @dataclass(eq=False)
 class ProjectedMachine(KernelMachine):
     "A `KernelMachine` whose distances are taken in the directions of M alone."
@@ -111,11 +111,6 @@ class ProjectedMachine(KernelMachine):
                  ) -> torch.Tensor:
         "Rows `(m, r)` in these directions, from the origin that the centers have."
         return self.directions(x - self._shift)
-
-    def double(self):
-        "The same machine in double precision."
-        M = self.M if self.M is None else self.M.double()
-        return ProjectedMachine(self.kernel, self.centers.double(), self.coef.double(), M)
 
     def _points(self, x=None):
         "Rows `x` (None: the centers) as the kernel wants them."

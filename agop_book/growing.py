@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Sample', 'Fitted', 'fit_part', 'outer_products', 'next_matrix', 'softened', 'Growth']
 
-# %% ../nbs/workshop/growing.ipynb #d94939b5
+# %% ../nbs/workshop/growing.ipynb #d055b2c8
 import math
 import time
 from dataclasses import dataclass, field, replace
@@ -21,7 +21,7 @@ from .nystrom import Falkon
 from .partials import Block, LocalParts
 from .points import Points
 
-# %% ../nbs/workshop/growing.ipynb #eca3427a
+# %% ../nbs/workshop/growing.ipynb #90517e96
 class Sample(NamedTuple):
     "Rows of a table in the columns that are compared, in random order."
     x: torch.Tensor       # (s, p)
@@ -54,7 +54,7 @@ class Sample(NamedTuple):
         "The loss of a machine that says 0."
         return float(self.held.w @ self.held.Y.square().sum(1) / self.held.w.sum())
 
-# %% ../nbs/workshop/growing.ipynb #19dc825a
+# %% ../nbs/workshop/growing.ipynb #d794da3d
 class Fitted(NamedTuple):
     "A fit on a part of the sample."
     kernel: Kernel      # its bandwidth counts typical distances
@@ -91,7 +91,7 @@ def fit_part(sample: Sample,     # whose first rows are taken
     rounding = sample.agree(solver.rounding(coef))
     return Fitted(kernel, M, reg, rows, machine, step.number, rounding, sample.loss(machine))
 
-# %% ../nbs/workshop/growing.ipynb #70ae1eff
+# %% ../nbs/workshop/growing.ipynb #d44af24b
 _AGOP_ROWS = 8192   # of a part: the mean of so many outer products is known to about a percent
 
 
@@ -131,7 +131,7 @@ def softened(M: torch.Tensor   # (p,) or (p, p)
     eye = torch.eye(len(M), dtype=M.dtype, device=M.device)
     return (1 - _SOFT) * M / M.trace() + _SOFT / len(M) * eye
 
-# %% ../nbs/workshop/growing.ipynb #18d922fd
+# %% ../nbs/workshop/growing.ipynb #114028aa
 _FIRST = 2500        # rows of the first part
 _CENTERS = 2000      # at most, while M is learned
 _TURNED = 0.9995     # cosine of two matrices in a row: from there on M no longer turns
@@ -285,7 +285,8 @@ class Growth:
             if before.loss - self.best.loss < least:
                 break
         if self.best.rounding > _ROUNDING_LAST * self.error:
-            self.best = self.best._replace(machine=self.best.machine.double())
+            self.coarse = max(self.coarse, self.best.reg)      # from here in double precision
+            self.best = self._with_centers(len(self.best.machine.centers))
 
     def _with_centers(self, count):
         "The best fit on the whole sample, with so many centres."

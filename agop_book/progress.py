@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FitProgress', 'FitJob']
 
-# %% ../nbs/workshop/progress.ipynb #b79625a1
+# %% ../nbs/workshop/progress.ipynb #dc7fae1e
 import time
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from .files import check_writable, load_arrays, save_arrays
 from .modelfiles import kernel_from_header, kernel_to_header
 from .nystrom import Step
 
-# %% ../nbs/workshop/progress.ipynb #a97454aa
+# %% ../nbs/workshop/progress.ipynb #c15f67f1
 _KIND = "unfinished fit"
 
 
@@ -75,7 +75,7 @@ class FitProgress:
         if self.path is not None:
             Path(self.path).unlink(missing_ok=True)
 
-# %% ../nbs/workshop/progress.ipynb #42f1cd82
+# %% ../nbs/workshop/progress.ipynb #907efd20
 class FitJob:
     "The options of a fit, where it is done, its history, and its progress."
 
@@ -105,12 +105,15 @@ class FitJob:
     def after(self, growth, stage, arrays=None, **said):
         "Something is done; the best fit is remembered by what it takes to fit it again."
         best = growth.best
-        again = [kernel_to_header(best.kernel), best.reg, best.rows, len(best.machine.centers)]
+        double = best.machine.coef.dtype == torch.float64
+        again = [kernel_to_header(best.kernel), best.reg, best.rows, len(best.machine.centers),
+                 double]
         self.progress.save({"best M": best.M, **(arrays or {})}, stage=stage, best=again, **said)
 
     def restore(self, growth):
         "Fit the best again."
-        kernel, reg, rows, centers = self.said["best"]
+        kernel, reg, rows, centers, double = self.said["best"]
+        growth.coarse = reg if double else 0.0
         if "now" in self.said:
             growth.kernel = kernel_from_header(self.said["now"][0])
             growth.reg = self.said["now"][1]

@@ -14,7 +14,7 @@ import torch
 from .functions import chance, refuse_chance
 from .nested import repeat, samples, take
 from .outputs import blame
-from .parts import Part, Planner, memory_ended
+from .parts import BatchPart, Planner, memory_ended
 from .processes import all_sum
 from .taps import LEFT_OUT, plan_sums
 
@@ -111,7 +111,7 @@ class Puller:
     def _fitting(self, batch):
         "A batch in parts that fit in memory."
         held = sum(m.nbytes for tap in self.watch.taps for m in tap.moments or ())
-        part, rows = Part(batch), self.planner.rows(batch, held)
+        part, rows = BatchPart(batch), self.planner.rows(batch, held)
         if rows >= len(part): return [part]
         if not self.apart:                      # parts of one sample would not show it
             check_mixing(self.outputs, batch)

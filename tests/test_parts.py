@@ -61,7 +61,7 @@ call = lambda: run(int(sys.argv[2]), 512)
 @pytest.mark.parametrize("dtype, samples", [("float32", 6), ("bfloat16", 8)])
 def test_the_plan_is_what_is_taken(planned_and_taken, dtype, samples):
     planned, taken = planned_and_taken(TRANSFORMER, dtype, samples)
-    assert taken > 2e8 and taken / 1.5 < planned < 1.5 * taken, (planned, taken)
+    assert taken > 2e8 and taken / 1.5 < planned < 2 * taken, (planned, taken)
 
 
 def test_one_sample_that_does_not_fit_is_refused_before_the_work(monkeypatch, asked):
@@ -77,7 +77,7 @@ def test_parts_give_what_the_whole_gives(monkeypatch, asked, probes):
     model, x = Counts().double(), normal(50, 4)
     want = nfa(model, x, batch_size=50, matrices=True, **FEW)[1]
     with watching(model) as watch:
-        need = parts.measure(watch, Outputs(model), x)
+        need = parts.sample_need(watch, Outputs(model), x)
     held = sum(8 * m.numel() for site in want for m in (site.moments,)) * 2
     little_memory(monkeypatch, int((need(9) + held) / parts._SURE))
     model.seen.clear()
@@ -127,7 +127,7 @@ def test_what_is_kept_is_counted_once():
         model = Chain(depth).requires_grad_(False)
         with watching(model) as watch:
             x = torch.randn(3, 1000, 8, requires_grad=True)
-            return parts.measure(watch, Outputs(model), x).sample
+            return parts.sample_need(watch, Outputs(model), x).sample
 
     steps = np.diff([sample(depth) for depth in (2, 3, 4, 10)])
     np.testing.assert_allclose(steps, np.array([1, 1, 6]) * 4 * 8000 * parts._HOLES, atol=2)
@@ -146,7 +146,7 @@ def test_a_network_that_goes_back_by_itself_is_not_measured(asked):
 
     model, x = Force(), torch.randn(6, 3)
     with watching(model) as watch:
-        assert parts.measure(watch, Outputs(model), x) is None
+        assert parts.sample_need(watch, Outputs(model), x) is None
     assert nfa(model, x, **FEW).reached.any()
 
 

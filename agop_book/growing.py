@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Sample', 'Fitted', 'fit_part', 'outer_products', 'next_matrix', 'softened', 'Growth']
 
-# %% ../nbs/workshop/growing.ipynb #d055b2c8
+# %% ../nbs/workshop/growing.ipynb #a1fd2d9a
 import math
 import time
 from dataclasses import dataclass, field, replace
@@ -21,7 +21,7 @@ from .nystrom import Falkon
 from .partials import Block, LocalParts
 from .points import Points
 
-# %% ../nbs/workshop/growing.ipynb #90517e96
+# %% ../nbs/workshop/growing.ipynb #71a68c28
 class Sample(NamedTuple):
     "Rows of a table in the columns that are compared, in random order."
     x: torch.Tensor       # (s, p)
@@ -54,7 +54,7 @@ class Sample(NamedTuple):
         "The loss of a machine that says 0."
         return float(self.held.w @ self.held.Y.square().sum(1) / self.held.w.sum())
 
-# %% ../nbs/workshop/growing.ipynb #d794da3d
+# %% ../nbs/workshop/growing.ipynb #dbcb7d67
 class Fitted(NamedTuple):
     "A fit on a part of the sample."
     kernel: Kernel      # its bandwidth counts typical distances
@@ -91,7 +91,7 @@ def fit_part(sample: Sample,     # whose first rows are taken
     rounding = sample.agree(solver.rounding(coef))
     return Fitted(kernel, M, reg, rows, machine, step.number, rounding, sample.loss(machine))
 
-# %% ../nbs/workshop/growing.ipynb #d44af24b
+# %% ../nbs/workshop/growing.ipynb #171d8264
 _AGOP_ROWS = 8192   # of a part: the mean of so many outer products is known to about a percent
 
 
@@ -131,13 +131,13 @@ def softened(M: torch.Tensor   # (p,) or (p, p)
     eye = torch.eye(len(M), dtype=M.dtype, device=M.device)
     return (1 - _SOFT) * M / M.trace() + _SOFT / len(M) * eye
 
-# %% ../nbs/workshop/growing.ipynb #114028aa
+# %% ../nbs/workshop/growing.ipynb #c99b23f3
 _FIRST = 2500        # rows of the first part
 _CENTERS = 2000      # at most, while M is learned
 _TURNED = 0.9995     # cosine of two matrices in a row: from there on M no longer turns
 _BETTER = 0.01       # of the loss: what a change has to win
-_ROUNDING = 0.1      # of the stated error: what rounding may add to it in a choice,
-_ROUNDING_LAST = 0.01   # and in the last solve
+_ROUNDING = 0.01     # of the stated error: more would decide between what is tried
+_FEW = 4096          # rows, for which single precision saves next to nothing
 _CHOOSE_ON = 20_000  # rows at most: what to cut, and bandwidth and ridge, show on so many
 
 
@@ -182,7 +182,8 @@ class Growth:
     def _precise(self, options):
         "A fit in single precision, or in double where that is not enough."
         for dtype in (torch.float32, torch.float64):
-            if dtype == torch.float32 and options["reg"] < self.coarse: continue
+            few = len(self.sample.x) <= _FEW or options["reg"] <= self.coarse
+            if few and dtype == torch.float32: continue
             fit = fit_part(self.sample, error=self.error / 10, dtype=dtype, **options)
             if fit.rounding < _ROUNDING * self.error: return fit
             self.coarse = max(self.coarse, options["reg"])
@@ -284,9 +285,8 @@ class Growth:
             self.best = self._with_centers(2 * len(before.machine.centers))
             if before.loss - self.best.loss < least:
                 break
-        if self.best.rounding > _ROUNDING_LAST * self.error:
-            self.coarse = max(self.coarse, self.best.reg)      # from here in double precision
-            self.best = self._with_centers(len(self.best.machine.centers))
+        self.coarse = math.inf      # the last solve, and the fit from which it starts, are double
+        self.best = self._with_centers(len(self.best.machine.centers))
 
     def _with_centers(self, count):
         "The best fit on the whole sample, with so many centres."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FitProgress', 'FitJob']
 
-# %% ../nbs/workshop/progress.ipynb #dc7fae1e
+# %% ../nbs/workshop/progress.ipynb #e7739bb1
 import time
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from .files import check_writable, load_arrays, save_arrays
 from .modelfiles import kernel_from_header, kernel_to_header
 from .nystrom import Step
 
-# %% ../nbs/workshop/progress.ipynb #c15f67f1
+# %% ../nbs/workshop/progress.ipynb #647b2161
 _KIND = "unfinished fit"
 
 
@@ -75,7 +75,7 @@ class FitProgress:
         if self.path is not None:
             Path(self.path).unlink(missing_ok=True)
 
-# %% ../nbs/workshop/progress.ipynb #907efd20
+# %% ../nbs/workshop/progress.ipynb #28ca7f3b
 class FitJob:
     "The options of a fit, where it is done, its history, and its progress."
 

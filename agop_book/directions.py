@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CUT', 'Directions', 'directions_of', 'cuts', 'ProjectedMachine']
 
-# %% ../nbs/workshop/directions.ipynb #f92947c4
+# %% ../nbs/workshop/directions.ipynb #6899f6f3
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,7 +16,7 @@ from .machines import KernelMachine
 from .metrics import Shared
 from .points import Points
 
-# %% ../nbs/workshop/directions.ipynb #2d61fed5
+# %% ../nbs/workshop/directions.ipynb #075c5599
 CUT = 1e-5   # of the trace: below what single precision keeps of a kernel value
 
 
@@ -44,29 +44,28 @@ class Directions:
 
 
 def directions_of(M,                # None, `(p,)` or `(p, p)`, as in `apply_metric`
-                  kernel: Kernel,   # which takes it
-                  cut: float = CUT  # the share of the trace that may be lost
+                  kernel: Kernel    # which takes it
                   ) -> Directions:
-    "The directions of a matrix, without the smallest, which together hold the share `cut`."
+    "The directions of a matrix, without the smallest, which together hold the share `CUT`."
     if M is None: return Directions()
     if M.ndim == 1:
-        kept = _kept(M, cut)
+        kept = _kept(M)
         # a kernel that takes no square matrix hears |m (x - z)|, others (x - z)^2 m
         weights = M[kept].sqrt() if "full" in kernel.metrics else M[kept]
         return Directions(features=kept.sort().values, scale=weights[kept.argsort()])
     values, vectors = torch.linalg.eigh(M.double())
-    kept = _kept(values, cut)
+    kept = _kept(values)
     return Directions((vectors[:, kept] * values[kept].sqrt()).to(M))
 
 
-def _kept(values, cut):
-    "Which values are left, largest first, when the smallest with the share `cut` are not."
+def _kept(values):
+    "Which values are left, largest first, when the smallest with the share `CUT` are not."
     order = values.argsort(descending=True)
     sums = values.clamp(min=0)[order].cumsum(0)
-    most = int((sums < (1 - cut) * sums[-1]).sum()) + 1
+    most = int((sums < (1 - CUT) * sums[-1]).sum()) + 1
     return order[:most]
 
-# %% ../nbs/workshop/directions.ipynb #08516064
+# %% ../nbs/workshop/directions.ipynb #38bef48a
 _GAPS = 3         # cuts that are tried
 _WIDE = 1.5       # ratio of neighbouring values that makes a gap
 _SMALL = 1e-4     # of the largest value: below, cutting changes nothing
@@ -92,7 +91,7 @@ def _with(values, vectors, top):
     left[top] = values[top]
     return left if vectors is None else (vectors * left) @ vectors.T
 
-# %% ../nbs/workshop/directions.ipynb #3b3c2d4c
+# %% ../nbs/workshop/directions.ipynb #d22c9072
 @dataclass(eq=False)
 class ProjectedMachine(KernelMachine):
     "A `KernelMachine` whose distances are taken in the directions of M alone."
@@ -100,7 +99,9 @@ class ProjectedMachine(KernelMachine):
     @cached_property
     def directions(self) -> Directions:
         "The directions of M."
-        return directions_of(None if isinstance(self.M, Shared) else self.M, self.kernel)
+        shared = isinstance(self.M, Shared)
+        M = self.M.dense(self.centers.shape[1]) if shared else self.M
+        return directions_of(M, self.kernel)
 
     @cached_property
     def compared_centers(self):
@@ -114,7 +115,6 @@ class ProjectedMachine(KernelMachine):
 
     def _points(self, x=None):
         "Rows `x` (None: the centers) as the kernel wants them."
-        if isinstance(self.M, Shared): return super()._points(x)
         if x is None: return Points(self.compared_centers)
         points = super()._points(x).x
         return Points(self.directions(points))
@@ -122,5 +122,4 @@ class ProjectedMachine(KernelMachine):
     def gradients(self, x=None, size=512):
         "Yields Jacobians `(b, c, d)` for blocks of at most `size` rows of `x` (None: the centers)."
         for J in super().gradients(x, size):
-            lifted = isinstance(self.M, Shared)
-            yield J if lifted else self.directions.lift(J, self.centers.shape[1])
+            yield self.directions.lift(J, self.centers.shape[1])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DENSE_ROWS', 'Nystrom', 'NystromSolver', 'solver_of']
 
-# %% ../nbs/workshop/iterative.ipynb #771e8633
+# %% ../nbs/workshop/iterative.ipynb #b09573e9
 import math
 from dataclasses import dataclass
 
@@ -15,16 +15,14 @@ from .arrays import is_count
 from .directions import ProjectedMachine, directions_of
 from .memory import plan
 from .metrics import Shared
-from .nystrom import Falkon
+from .nystrom import Falkon, usual_centers
 from .parameters import Nested, positive
 from .partials import Block, LocalParts
 from .solvers import SOLVERS, Fit, Solver
 from .structures import Full
 
-# %% ../nbs/workshop/iterative.ipynb #8bac2441
-_CENTERS = 12        # times the root of the rows, as the theory of Falkon wants them
+# %% ../nbs/workshop/iterative.ipynb #71afb959
 _MOST = 8192         # more take minutes for their own m^3, and must be asked for
-_LEAST = 1000        # fewer save nothing: the rows are what takes time
 _ROUNDING = 0.01     # of the stated error: what the rounding of tiles may add to it
 _SQUARES = 4         # arrays (m, m) in double precision at the same time
 
@@ -71,13 +69,13 @@ class Nystrom(Nested):
 
     def _count(self, n):
         "Centres for n rows, where nothing is chosen by trial."
-        return self.centers or min(_MOST, max(_LEAST, int(_CENTERS * n**0.5)))
+        return self.centers or min(_MOST, usual_centers(n))
 
     def __call__(self, *args, **options):
         "The `NystromSolver` of these options."
         return NystromSolver(*args, **options, options=self)
 
-# %% ../nbs/workshop/iterative.ipynb #59ecc09e
+# %% ../nbs/workshop/iterative.ipynb #4c980c97
 class NystromSolver(Solver):
     "Kernel ridge regression on centres, for rows in memory."
 
@@ -131,7 +129,7 @@ class NystromSolver(Solver):
 
 SOLVERS["nystrom"] = Nystrom()
 
-# %% ../nbs/workshop/iterative.ipynb #3f2b2c09
+# %% ../nbs/workshop/iterative.ipynb #1df9c651
 DENSE_ROWS = 10_000   # up to here the dense solver pays
 
 

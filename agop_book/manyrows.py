@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['ManyRowsRFM']
 
-# %% ../nbs/workshop/manyrows.ipynb #8efb6420
+# %% ../nbs/workshop/manyrows.ipynb #282c2178
 import time
+import warnings
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.distributed as dist
 from sklearn.base import ClassifierMixin
@@ -23,19 +25,20 @@ from .devices import device as pick_device
 from .directions import ProjectedMachine
 from .estimators import send
 from .folds import DistinctRows
-from .growing import Growth, Sample
+from .growing import Growth
 from .iterative import DENSE_ROWS, Nystrom, solver_of
 from .modelfiles import kernel_from_header
-from .nystrom import Falkon, squared_errors
+from .nystrom import Falkon
+from .partfit import Sample
 from .partials import Block, ClusterParts, LocalParts
 from .preparing import Prepared, StreamedBlocks, total_squares, total_weight
-from .processes import all_or_none, is_distributed
+from .processes import all_or_none
 from .progress import FitJob, FitProgress
 from .rowchecks import Rows
 from .rowstream import rows_of, scan
 from .sharing import shared_keys, shared_scan
 
-# %% ../nbs/workshop/manyrows.ipynb #c297cdeb
+# %% ../nbs/workshop/manyrows.ipynb #048090c1
 _SEARCH = 8192       # rows of the sample that the search may look at; it takes 2,000 of them
 _HELD = 9            # of the sample one row in so many is held out, but no more than:
 _HELD_MOST = 8192
@@ -89,12 +92,15 @@ class ManyRowsRFM(ChoosingRFM):
         rng = check_random_state(self.random_state)
         job.progress.check(rows=rows.n)
         seed = job.said.setdefault("seed", int(rng.randint(2**31 - 1)))
-        together = job.options.together and is_distributed()
+        if job.together:
+            job.share()
+            seed = job.said["seed"]
         most = job.options.sample
-        found = scan(rows, most, shared_keys(seed, rows.n) if together else seed,
+        found = scan(rows, most, shared_keys(seed, rows.n) if job.together else seed,
                      labels=isinstance(self, ClassifierMixin), progress=self.verbose)
-        if together:
+        if job.together:
             found = shared_scan(found, most)
+        self._warn_of_holes(found)
         X, Y, w = self._of_sample(found)
         design, units = self._searched(X, Y, w, np.random.RandomState(seed), job)
         sample = self._sample(design, units, (X, Y, w), job)
@@ -123,6 +129,16 @@ class ManyRowsRFM(ChoosingRFM):
             self.class_weight_ = self._weights_of_classes(found)
         targets, w = self.coded(self.classes_[y] if found.labels is not None else y, found.w)
         return X, targets, np.ones(len(X)) if w is None else w
+
+    def _warn_of_holes(self, found):
+        "A warning where a number is missing in a column that is complete in the sample."
+        if found.missing is None: return
+        row, column = found.missing
+        values = found.X[column] if hasattr(found.X, "columns") else found.X[:, column]
+        if pd.isna(values).any(): return
+        warnings.warn(f"X has no number in row {row:,}, column {column!r}, which is complete in "
+                      f"the {len(found.X):,} rows that are learned from; it counts as the column's "
+                      "typical value.", stacklevel=6)
 
     def _weights_of_classes(self, found):
         "A weight for every class, from all rows; None: 1 each."
@@ -160,6 +176,8 @@ class ManyRowsRFM(ChoosingRFM):
             offset = np.zeros(Y.shape[1]) if plan.offset is None else plan.offset
             units = [offset.tolist(), plan.unit.tolist(), float(self._unit_weight(table))]
             job.searched(plan.search.best, units)
+            if job.together:
+                job.share()
         offset, unit, weight = job.said["units"]
         chosen = design(*job.said["trial"])
         return chosen, (np.array(offset), np.array(unit), weight)
@@ -173,40 +191,38 @@ class ManyRowsRFM(ChoosingRFM):
                    (design.transform(X), (Y - offset) / unit, w / weight))
         held = slice(len(Z) - max(2, min(len(Z) // _HELD, _HELD_MOST)), None)
         rest = slice(0, held.start)
-        together = job.options.together and is_distributed()
-        share = slice(dist.get_rank(), None, dist.get_world_size()) if together else slice(None)
-        return Sample(Z[rest], Y[rest], w[rest], Block(Z[held], Y[held], w[held]), share, together)
+        share = slice(None)
+        if job.together:
+            share = slice(dist.get_rank(), None, dist.get_world_size())
+        return Sample(Z[rest], Y[rest], w[rest], Block(Z[held], Y[held], w[held]), share,
+                      job.together)
 
     def _growth(self, sample, design, n, job):
         "The `Growth` for a sample, with what the search has chosen."
-        scale, codes = job.said["trial"]
         way = DistanceWay(kernel_from_header(job.said["kernel"]), job.said["metric"])
         room = self._limit(job.device) - 4 * sample.x.numel()
-        growth = Growth(sample, way.kernel, self._structure_of(design, way), job.said["reg"],
-                        self.n_iter, job.options.error, job.options.most_centers(n, room))
-        self._bar = tqdm(disable=not self.verbose, desc="M", unit="fit")
-
-        def note(row):
-            job.history.append({**row, "metric": way.metric, "scale": scale})
-            self._bar.set_postfix(rows=row["rows"], score=f"{row['val_score']:.4f}")
-            self._bar.update()
-        growth.step = note
-        return growth
+        most = sample.agree(torch.tensor(job.options.most_centers(n, room)))
+        return Growth(sample, way.kernel, self._structure_of(design, way), job.said["reg"],
+                      self.n_iter, job.options.error, int(most), self._centers())
 
     def _grow(self, growth, job):
         "Choose M, bandwidth, ridge and centres; every round is kept in the file."
         M = job.progress.arrays["M"].to(growth.sample.x.device)
-        if "best" in job.said:
-            job.restore(growth)
-        if job.said["stage"] in ("search", "rounds"):
+        with tqdm(disable=not self.verbose, desc="M", unit="fit") as bar:
+            def note(row):
+                job.note(row)
+                bar.set_postfix(rows=row["rows"], score=f"{row['val_score']:.4f}")
+                bar.update()
+            growth.step = note
+            if "best" in job.said:
+                job.restore(growth)
+            if job.said["stage"] not in ("search", "rounds"): return
             for M in growth.rounds(M, job.said.get("round", 0)):
                 job.after_round(growth, M)
             growth.cut(M, job.progress.arrays["first M"].to(M.device))
             growth.tune(growth.best)
             growth.widen(job.options.centers)
             job.after(growth, "grown")
-        self._bar.close()
-        del self._bar
 
     # --- the last solve
 
@@ -227,8 +243,8 @@ class ManyRowsRFM(ChoosingRFM):
                     job.after_pass(step)
         finally:
             coef = solver.coef(step.beta).to(best.machine.centers)
-            left = parts.sum(squared_errors, solver.tiles, coef)
-            job.solved(n, best, step, float(1 - left.sum() / squares.sum()), start)
+            left = solver.squared_errors(step).sum() / squares.sum()
+            job.solved(n, best, step, 1 - float(left), start)
             self._keep_all(best, coef, units, job.history)
 
     def _parts(self, rows, n, prepare, sample):

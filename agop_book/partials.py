@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Block', 'LocalParts', 'ClusterParts']
 
-# %% ../nbs/workshop/partials.ipynb #1d053fc7
+# %% ../nbs/workshop/partials.ipynb #c9ae760b
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from .extras import extra
 from .processes import all_sum, from_first
 
-# %% ../nbs/workshop/partials.ipynb #632fe37d
+# %% ../nbs/workshop/partials.ipynb #f1837a31
 class Block(NamedTuple):
     "Some rows of a table, ready for a kernel."
     x: torch.Tensor          # (b, p), rows
@@ -28,7 +28,7 @@ class Block(NamedTuple):
             rows = slice(start, start + size)
             yield Block(self.x[rows], self.Y[rows], None if self.w is None else self.w[rows])
 
-# %% ../nbs/workshop/partials.ipynb #ea57dcdc
+# %% ../nbs/workshop/partials.ipynb #bcf10077
 class LocalParts:
     "Blocks of this process; with `together`, what all processes hold is one table."
 
@@ -46,12 +46,12 @@ class LocalParts:
             total = total + function(block, *args)
         return all_sum(total, in_place=True) if self.together else total
 
-    def agree(self, number: float) -> float:
-        "A number of which all processes may have computed their own: the first one's."
-        if not self.together: return number
-        return float(from_first(torch.tensor(number, dtype=torch.float64)))
+    def agree(self, t: torch.Tensor   # of one shape in all processes
+              ) -> torch.Tensor:
+        "What all processes may have computed for themselves, as the first one has it."
+        return from_first(t) if self.together else t
 
-# %% ../nbs/workshop/partials.ipynb #51e42ad4
+# %% ../nbs/workshop/partials.ipynb #aca67a58
 class ClusterParts:
     "Blocks that live on the workers of a Dask cluster."
 
@@ -75,9 +75,10 @@ class ClusterParts:
             future.release()
         return total
 
-    def agree(self, number: float) -> float:
-        "`number`: there is one process that decides."
-        return number
+    def agree(self, t: torch.Tensor   # anything
+              ) -> torch.Tensor:
+        "`t`: there is one process that decides."
+        return t
 
 
 def _applied(function, block, *args):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FitProgress', 'FitJob']
 
-# %% ../nbs/workshop/progress.ipynb #e7739bb1
+# %% ../nbs/workshop/progress.ipynb #cbd7fb94
 import time
 from pathlib import Path
 
@@ -16,8 +16,10 @@ from .choosing import mean_metric
 from .files import check_writable, load_arrays, save_arrays
 from .modelfiles import kernel_from_header, kernel_to_header
 from .nystrom import Step
+from .processes import is_distributed
+from .sharing import said_by_first
 
-# %% ../nbs/workshop/progress.ipynb #647b2161
+# %% ../nbs/workshop/progress.ipynb #5156575a
 _KIND = "unfinished fit"
 
 
@@ -75,7 +77,7 @@ class FitProgress:
         if self.path is not None:
             Path(self.path).unlink(missing_ok=True)
 
-# %% ../nbs/workshop/progress.ipynb #28ca7f3b
+# %% ../nbs/workshop/progress.ipynb #65740ab6
 class FitJob:
     "The options of a fit, where it is done, its history, and its progress."
 
@@ -88,6 +90,14 @@ class FitJob:
         self.progress = progress
         self.said = progress.said
         self.history = self.said.setdefault("history", [])
+        self.together = options is not None and options.together and is_distributed()
+
+    def share(self):
+        "What the first process has found becomes what all have found."
+        found, self.progress.arrays = said_by_first(self.said, self.progress.arrays)
+        self.said.clear()
+        self.said.update(found)
+        self.history = self.said["history"]
 
     def searched(self, best, units):
         "The search is done."
@@ -96,6 +106,11 @@ class FitJob:
         self.progress.save({"M": M, "first M": M}, stage="search", units=units,
                            trial=[trial.scale, trial.codes], metric=trial.way.metric,
                            kernel=kernel_to_header(trial.way.kernel), reg=best.reg)
+
+    def note(self, row):
+        "A row of history from `Growth`."
+        scale, _ = self.said["trial"]
+        self.history.append({**row, "metric": self.said["metric"], "scale": scale})
 
     def after_round(self, growth, M):
         "A round of M is done."

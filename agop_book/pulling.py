@@ -14,7 +14,7 @@ import torch
 from .functions import chance, refuse_chance
 from .nested import repeat, samples, take
 from .outputs import blame
-from .parts import BatchPart, Planner, memory_ended
+from .batchplan import BatchPart, Planner, memory_ended
 from .processes import all_sum
 from .taps import LEFT_OUT, plan_sums
 

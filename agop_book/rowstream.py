@@ -18,7 +18,7 @@ from .batches import is_array
 from .rowchecks import Rows
 from .rowfiles import FileRows, is_dataset
 from .rowparts import ColumnChoice, is_label
-from .rowsample import LabelCounts, RowSample, TargetMoments
+from .rowsample import LabelCounts, RowSample
 from .rowtables import DaskRows, PassRows, TableRows, is_dask, is_table
 
 # %% ../nbs/workshop/rowstream.ipynb #46ea9b3a
@@ -110,19 +110,16 @@ def _from_table(X, y, choice, size):
 
 # %% ../nbs/workshop/rowstream.ipynb #4d6f3cf0
 class RowScan(NamedTuple):
-    "What one pass has found: a sample of k rows in the order of their keys, and what y holds."
+    "What one pass has found: a sample of k rows in the order of their keys, and the labels of y."
     n: int                          # rows
     X: object                       # (k, d), the sample: an array or a frame
     y: np.ndarray | None            # (k,) or (k, c)
     w: np.ndarray | None            # (k,)
     at: np.ndarray                  # (k,), the number of each row
     keys: np.ndarray                # (k,), from 0 to 1, ascending
-    mean: np.ndarray | None         # (c,) of all y, weighted; None for labels
-    variance: np.ndarray | None     # (c,), the same
     labels: np.ndarray | None       # distinct labels, sorted; None for numbers
     counts: np.ndarray | None       # rows of each
     missing: tuple | None           # (row, column) of the first NaN in X
-    names: list | None              # of the columns
 
 
 def scan(
@@ -146,7 +143,7 @@ def scan(
         for part in rows.parts():
             if sample is None:
                 sample = RowSample(most, part, min(most, rows.n or len(part.X)))
-                about = _about(part.y, labels)
+                about = _counts(part.y, labels)
             sample.add(part, rng.random(len(part.X)), n)
             if about is not None:
                 about.add(part.y, part.w)
@@ -154,12 +151,11 @@ def scan(
             bar.update(len(part.X))
             del part
     X, y, w, at, keys = sample.ordered()
-    found = (None, None) if about is None else about.found()
-    four = (None, None, *found) if isinstance(about, LabelCounts) else (*found, None, None)
-    return RowScan(n, X, y, w, at, keys, *four, rows.missing, rows.names)
+    counted = (None, None) if about is None else about.found()
+    return RowScan(n, X, y, w, at, keys, *counted, rows.missing)
 
 
-def _about(y, labels):
-    "What is gathered about targets like `y`."
-    if y is None: return None
-    return LabelCounts() if labels or is_label(y) else TargetMoments()
+def _counts(y, labels):
+    "What counts labels like `y`; None for numbers and for no targets."
+    if y is None or not (labels or is_label(y)): return None
+    return LabelCounts()

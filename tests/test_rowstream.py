@@ -143,7 +143,7 @@ def test_shards_pattern_list_and_columns(shards, frame, X):
         np.testing.assert_array_equal(w, frame["w"])
     two = rows_of(shards, target=["y", "d"], columns=["a"])
     np.testing.assert_array_equal(whole(two)[1], frame[["y", "d"]])
-    assert scan(two, 3).mean.shape == (2,)
+    assert scan(two, 3).y.shape == (3, 2)
 
 
 def test_categories_alone(tmp_path):
@@ -407,17 +407,6 @@ def test_the_sample_does_not_depend_on_the_batches(X, y, most):
         np.testing.assert_array_equal(other.y, y[other.at])
 
 
-def test_moments_of_targets(X, y):
-    w = np.random.default_rng(1).integers(0, 4, N)
-    Y = np.stack([y + 1e7, 3 * y], 1).astype(float)
-    for batch in (13, N):
-        found = scan(rows_of(X, Y, weight=w, batch_size=batch), 10)
-        each = Y.repeat(w, axis=0)
-        np.testing.assert_allclose(found.mean, each.mean(0), rtol=1e-12)
-        np.testing.assert_allclose(found.variance, each.var(0), rtol=1e-8)
-        np.testing.assert_array_equal(found.w, w[found.at])
-
-
 @pytest.mark.parametrize("kind", ["words", "booleans", "category", "numbers"])
 def test_labels(X, y, kind):
     labels = pd.Series(np.where(y > 0.5, "many", np.where(y > 0, "some", "no")))
@@ -425,7 +414,7 @@ def test_labels(X, y, kind):
               "numbers": labels.str.len()}[kind]
     found = scan(rows_of(X, labels, batch_size=100), 10, labels=kind == "numbers")
     counts = labels.astype(object).value_counts().sort_index()
-    assert found.labels.tolist() == counts.index.tolist() and found.mean is None
+    assert found.labels.tolist() == counts.index.tolist()
     assert found.counts.tolist() == counts.tolist()
     assert found.y.tolist() == labels.iloc[found.at].tolist()
 

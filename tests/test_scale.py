@@ -14,10 +14,11 @@ import torch
 
 from agop_book.agop import agop
 from agop_book.directions import cuts
-from agop_book.growing import Growth, Sample, softened
+from agop_book.growing import Growth, softened
 from agop_book.iterative import Nystrom, NystromSolver
 from agop_book.kernels import Gaussian, L1Laplace, Laplace, Matern32
 from agop_book.nystrom import Falkon
+from agop_book.partfit import Sample
 from agop_book.partials import Block, LocalParts
 from agop_book.rfm import RFMClassifier, RFMRegressor
 from agop_book.rowstream import rows_of

@@ -6,12 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from agop_book import tablecommands
 from agop_book.cli import main
 from agop_book.convrfm import ConvRFMRegressor
 from agop_book.rfm import RFMClassifier, RFMRegressor
-from agop_book.tablecommands import bytes_of, fit_rows
-from agop_book.terminal import UsageError
 
 N = 200
 FIT = "fit t.parquet --target y --columns a,b,kind --categorical kind --out m.safetensors"
@@ -177,9 +174,9 @@ def test_interrupted_while_predicting(model, monkeypatch, tmp_path, capsys, stop
 
 
 def test_interrupted_while_fitting(table, monkeypatch, tmp_path, capsys):
-    def stop(*arguments):
+    def stop(*arguments, **named):
         raise KeyboardInterrupt
-    monkeypatch.setattr(tablecommands, "fit_rows", stop)
+    monkeypatch.setattr(RFMRegressor, "fit", stop)
     code, _, err = run(FIT, capsys)
     assert code == 130 and "interrupted. Nothing is saved." in err
     code, _, err = run(FIT + " --checkpoint c.safetensors", capsys)
@@ -193,24 +190,3 @@ def test_a_disk_that_fills(model, monkeypatch, capsys):
     monkeypatch.setattr(RFMRegressor, "predict", predict)
     code, _, err = run("predict m.safetensors t.parquet --out p.npy", capsys)
     assert code == 1 and "[Errno 28] No space left on device, after 0 of 200 rows" in err
-
-
-def test_a_checkpoint_reaches_the_model():
-    class Keeps:
-        def fit(self, rows, checkpoint=None):
-            self.seen = rows, checkpoint
-            return self
-
-    assert fit_rows(Keeps(), "rows", "c").seen == ("rows", "c")
-
-
-@pytest.mark.parametrize("text, wanted", [("4GB", 4 * 10**9), ("1.5GiB", 3 * 2**29), ("10", 10),
-                                          ("2 k", 2000), ("1tb", 10**12), (None, None)])
-def test_sizes(text, wanted):
-    assert bytes_of(text) == wanted
-
-
-@pytest.mark.parametrize("text", ["", "GB", "4 giga", "-1GB", "1e9"])
-def test_sizes_that_are_none(text):
-    with pytest.raises(UsageError, match="write a size"):
-        bytes_of(text)

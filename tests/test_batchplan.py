@@ -10,7 +10,7 @@ from networks import FEW, normal
 from torch import nn
 from tqdm import tqdm
 
-from agop_book import jacobians, memory, parts, sweep
+from agop_book import batchplan, jacobians, memory, sweep
 from agop_book.agop import agop
 from agop_book.jacobians import pullbacks, random_signs
 from agop_book.nfa import nfa
@@ -23,11 +23,11 @@ pytestmark = pytest.mark.usefixtures("seed", "nothing_left_behind")
 @pytest.fixture
 def asked(monkeypatch):
     "Small models are measured too."
-    monkeypatch.setattr(parts, "_WORK", 0)
+    monkeypatch.setattr(batchplan, "_WORK", 0)
 
 
 def little_memory(monkeypatch, size):
-    for module in (memory, parts):
+    for module in (memory, batchplan):
         monkeypatch.setattr(module, "free_memory", lambda device="cpu": size)
 
 
@@ -77,9 +77,9 @@ def test_parts_give_what_the_whole_gives(monkeypatch, asked, probes):
     model, x = Counts().double(), normal(50, 4)
     want = nfa(model, x, batch_size=50, matrices=True, **FEW)[1]
     with watching(model) as watch:
-        need = parts.sample_need(watch, Outputs(model), x)
+        need = batchplan.sample_need(watch, Outputs(model), x)
     held = sum(8 * m.numel() for site in want for m in (site.moments,)) * 2
-    little_memory(monkeypatch, int((need(9) + held) / parts._SURE))
+    little_memory(monkeypatch, int((need(9) + held) / batchplan._SURE))
     model.seen.clear()
     table, sites = nfa(model, x, batch_size=50, probes=probes, matrices=True, **FEW)
     assert sum(n > 1 for n in model.seen) > 3 and max(model.seen) <= 16
@@ -96,7 +96,7 @@ def test_samples_that_mix_are_noticed_in_parts_of_one(monkeypatch, asked):
         def forward(self, x):
             return super().forward(x - x.mean(0))
 
-    monkeypatch.setattr(parts, "_PLENTY", 1)  # one at a time
+    monkeypatch.setattr(batchplan, "_PLENTY", 1)  # one at a time
     with pytest.raises(ValueError, match="influence each other"):
         nfa(Mixes(), torch.randn(5, 4), **FEW)
     table = nfa(Counts(), torch.randn(5, 4), **FEW)
@@ -104,7 +104,7 @@ def test_samples_that_mix_are_noticed_in_parts_of_one(monkeypatch, asked):
 
 
 def test_a_size_that_was_named_is_kept_to(monkeypatch, asked):
-    monkeypatch.setattr(parts, "_PLENTY", 1)
+    monkeypatch.setattr(batchplan, "_PLENTY", 1)
     model = Counts()
     nfa(model, torch.randn(6, 4), batch_size=3, output=0, **FEW)
     assert model.seen[0] == 1 and set(model.seen[1:]) == {3}
@@ -127,10 +127,10 @@ def test_what_is_kept_is_counted_once():
         model = Chain(depth).requires_grad_(False)
         with watching(model) as watch:
             x = torch.randn(3, 1000, 8, requires_grad=True)
-            return parts.sample_need(watch, Outputs(model), x).sample
+            return batchplan.sample_need(watch, Outputs(model), x).sample
 
     steps = np.diff([sample(depth) for depth in (2, 3, 4, 10)])
-    np.testing.assert_allclose(steps, np.array([1, 1, 6]) * 4 * 8000 * parts._HOLES, atol=2)
+    np.testing.assert_allclose(steps, np.array([1, 1, 6]) * 4 * 8000 * batchplan._HOLES, atol=2)
 
 
 def test_a_network_that_goes_back_by_itself_is_not_measured(asked):
@@ -146,7 +146,7 @@ def test_a_network_that_goes_back_by_itself_is_not_measured(asked):
 
     model, x = Force(), torch.randn(6, 3)
     with watching(model) as watch:
-        assert parts.sample_need(watch, Outputs(model), x) is None
+        assert batchplan.sample_need(watch, Outputs(model), x) is None
     assert nfa(model, x, **FEW).reached.any()
 
 

@@ -6,7 +6,7 @@
 __all__ = ['multi_index', 'subspace_run', 'subspace_study', 'five_features', 'power_run', 'power_study', 'known_metric',
            'accuracy_run', 'accuracy_study', 'cost_run', 'scale_costs', 'default_costs']
 
-# %% ../../nbs/book/scale_study.ipynb #1ac7d02d
+# %% ../../nbs/book/scale_study.ipynb #c4f7c2a7
 import time
 
 import numpy as np
@@ -23,7 +23,7 @@ from ..partials import Block
 from ..rfm import RFMRegressor
 from ..structures import Full
 
-# %% ../../nbs/book/scale_study.ipynb #23a6a7cf
+# %% ../../nbs/book/scale_study.ipynb #e6e86cf6
 def multi_index(n: int,      # rows
                 d: int,      # features
                 seed: int    # of rows and directions
@@ -44,7 +44,7 @@ def _largest_angle(V: np.ndarray,   # (d, r), orthonormal columns
     cosines = np.linalg.svd(V.T @ U, compute_uv=False)
     return float(np.degrees(np.arccos(np.clip(cosines.min(), 0, 1))))
 
-# %% ../../nbs/book/scale_study.ipynb #25129759
+# %% ../../nbs/book/scale_study.ipynb #bee5ce29
 _PLAIN = dict(n_iter=0, reg=1e-3, metric="full", center=True, random_state=0)
 
 
@@ -79,7 +79,7 @@ def subspace_study() -> pd.DataFrame:
             for n in sizes for seed in range(pick(quick=2, book=5))]
     return sweep("scale-subspace", subspace_run, grid, version="1")
 
-# %% ../../nbs/book/scale_study.ipynb #fa5f629c
+# %% ../../nbs/book/scale_study.ipynb #c00e0acf
 _NOISE = 0.1
 
 
@@ -137,7 +137,7 @@ def power_study() -> pd.DataFrame:
             for power in (1.0, 0.5) for soft in (False, True)]
     return sweep("scale-power", power_run, grid, version="1")
 
-# %% ../../nbs/book/scale_study.ipynb #9a8d6e37
+# %% ../../nbs/book/scale_study.ipynb #a5e49d66
 def known_metric(d: int   # features
                  ) -> torch.Tensor:
     "A diagonal M `(d,)`: ones for five features, 1/100, 1/400, ... for the others."
@@ -174,7 +174,7 @@ def accuracy_study() -> pd.DataFrame:
             for seed in range(pick(quick=1, book=2)) for r, m in sizes]
     return sweep("scale-accuracy", accuracy_run, grid, version="1")
 
-# %% ../../nbs/book/scale_study.ipynb #04d0e51f
+# %% ../../nbs/book/scale_study.ipynb #a438f68e
 def cost_run(way: str,   # "dense", "iterative" or "default call"
              n: int      # rows
              ) -> dict:
@@ -207,7 +207,7 @@ def scale_costs() -> pd.DataFrame:
 
 
 def default_costs() -> pd.DataFrame:
-    "The default call at four sizes, at book scale; a million rows take minutes."
-    sizes = pick(quick=[1000], book=[1000, 10_000, 100_000, 1_000_000])
+    "The default call, which learns M and chooses everything else too."
+    sizes = pick(quick=[1000], book=[1000, 10_000], paper=[1000, 10_000, 100_000, 1_000_000])
     return sweep("scale-cost", cost_run, [{"way": "default call", "n": n} for n in sizes],
                  version="1")

@@ -82,8 +82,10 @@ _FIRST = 2500        # rows of the first part
 _CENTERS = 2000      # at most, while M is learned
 _TURNED = 0.9995     # cosine of two matrices in a row: from there on M no longer turns
 _BETTER = 0.01       # of the loss: what a change has to win
-_ROUNDING = 0.01     # of the stated error: more would decide between what is tried
+_ROUNDING = 0.2      # of the stated error: more would decide between what is tried
+_STOP = 0.2          # of the stated error: where conjugate gradients may stop
 _FEW = 4096          # rows, for which single precision saves next to nothing
+_HOPE = 1.5          # times the best loss: what more rounds might make up for
 _CHOOSE_ON = 20_000  # rows at most: what to cut, and bandwidth and ridge, show on so many
 
 
@@ -101,7 +103,6 @@ class Growth:
     center: bool = False  # take the mean gradient out of the AGOP
     step: Callable = len  # called with a row of history after each fit; len() does nothing
     best: Fitted = None
-    coarse: float = 0.0   # the largest ridge for which single precision was not enough
     last: float = field(default_factory=time.perf_counter)
 
     def parts(self) -> list:
@@ -113,12 +114,13 @@ class Growth:
             M: torch.Tensor,
             rows: int,
             centers=None,          # None: as many as such a part takes
-            **changes              # kernel, reg
+            **changes              # kernel, reg, start, double
             ) -> Fitted:
         "Fit, note, and keep the best."
         few = min(_CENTERS, self.most, usual_centers(rows), rows)
+        double = changes.pop("double", False) or len(self.sample.x) <= _FEW
         fit = self._precise({"kernel": self.kernel, "M": M, "reg": self.reg,
-                             "sizes": (rows, centers or few), **changes})
+                             "sizes": (rows, centers or few), **changes}, double)
         now = time.perf_counter()
         self.step(self._row(stage, fit, now - self.last))
         self.last = now
@@ -126,15 +128,13 @@ class Growth:
             self.best = fit
         return fit
 
-    def _precise(self, options):
-        "A fit in single precision, or in double where that is not enough."
-        for dtype in (torch.float32, torch.float64):
-            double = len(self.sample.x) <= _FEW or options["reg"] <= self.coarse
-            if double and dtype == torch.float32: continue
-            fit = fit_part(self.sample, error=self.error / 10, dtype=dtype, **options)
+    def _precise(self, options, double):
+        "A fit in single precision, and from there in double where that is not enough."
+        if not double:
+            fit = fit_part(self.sample, error=_STOP * self.error, **options)
             if fit.rounding < _ROUNDING * self.error: return fit
-            self.coarse = max(self.coarse, options["reg"])
-        return fit
+            options["start"] = fit.machine.coef
+        return fit_part(self.sample, error=_STOP * self.error, dtype=torch.float64, **options)
 
     def _row(self, stage, fit, seconds):
         "A row of history."
@@ -158,11 +158,11 @@ class Growth:
                done: int = 0            # rounds that are finished
                ):
         "Yields the M of every round on growing parts, then on the whole sample."
-        sizes = self.parts()
+        sizes, fit = self.parts(), None
         middle = len(sizes) // 2
         for number, rows in enumerate(sizes + [sizes[-1]] * self.n_iter):
             if number < done: continue
-            fit = self.fit("M", softened(M), rows)
+            fit = self.fit("M", softened(M), rows, start=fit and fit.machine.coef)
             if number == middle:
                 self.tune(fit)
             new = self._next(fit)
@@ -184,14 +184,15 @@ class Growth:
             self.fit("search", search, rows)
         self.fit("M", M, rows)
         for pair in cuts(M):
-            fits = [self.fit("cut", cut, rows) for cut in pair]
-            self._refine(fits[int(fits[1].loss < fits[0].loss)])
+            fit = min((self.fit("cut", cut, rows) for cut in pair), key=lambda fit: fit.loss)
+            if fit.loss < _HOPE * self.best.loss:
+                self._refine(fit)
 
     def _refine(self, fit):
         "Rounds within the directions of a fit, while they pay."
         for _ in range(self.n_iter):
             before = fit
-            fit = self.fit("cut", self._next(before), before.rows)
+            fit = self.fit("cut", self._next(before), before.rows, start=before.machine.coef)
             if not self._better(fit, before): return
 
     def tune(self, fit: Fitted):
@@ -222,7 +223,7 @@ class Growth:
             reg = reg * factor
         else:
             kernel = replace(kernel, bandwidth=kernel.bandwidth * factor)
-        return self.fit(name, fit.M, fit.rows, kernel=kernel, reg=reg)
+        return self.fit(name, fit.M, fit.rows, kernel=kernel, reg=reg, start=fit.machine.coef)
 
     def widen(self, centers=None   # so many in any case; None: as many as pay
               ):
@@ -237,12 +238,12 @@ class Growth:
             if before.loss - wider.loss < least:
                 self.best = before
                 break
-        self.coarse = math.inf      # the last solve, and the fit from which it starts, are double
-        if self.best.machine.coef.dtype != torch.float64:
-            self.best = self._with_centers(len(self.best.machine.centers))
+        if self.best.machine.coef.dtype != torch.float64:      # as the last solve will be
+            self.best = self._with_centers(len(self.best.machine.centers), True)
 
-    def _with_centers(self, count):
+    def _with_centers(self, count, double=False):
         "The best fit on the whole sample, with so many centres."
         best = self.best
-        return self.fit("centers", best.M, best.rows, count, kernel=best.kernel,
-                        reg=best.reg)
+        double = double or best.machine.coef.dtype == torch.float64
+        return self.fit("centers", best.M, best.rows, count, kernel=best.kernel, reg=best.reg,
+                        start=best.machine.coef, double=double)

@@ -85,7 +85,7 @@ class NystromSolver(Solver):
         order = torch.randperm(len(self.X), generator=torch.Generator().manual_seed(0))
         count = self.options._count(len(self.X))
         self.chosen = order[:count].to(self.X.device)
-        self.dtype = torch.float32
+        self.dtype, self.coef = torch.float32, None
         self.squares = (self.weights[:, None] * self.Y.square()).sum(0)
 
     def prepare(self, M, last):
@@ -115,15 +115,16 @@ class NystromSolver(Solver):
         total = float(self.weights.sum())
         parts = LocalParts([self.block])
         solver = Falkon(self.kernel, z[self.chosen], parts, total, self.squares, reg)
-        step = solver.start()
-        for step in solver.steps(step, self.options.error / 10):
+        step = solver.start(self.coef)
+        for step in solver.steps(step, self.options.error / 5):
             continue
-        return solver, solver.coef(step.beta)
+        self.coef = solver.coef(step.beta)
+        return solver, self.coef
 
     def _fitted(self, tiles, coef):
         "The outputs at all rows."
         v = coef.to(self.block.x)
-        parts = [tiles(piece.x) @ v for piece in self.block.pieces(tiles.rows)]
+        parts = [tile @ v for _, tile in tiles.of(self.block)]
         return torch.cat(parts).to(self.X)
 
 

@@ -237,7 +237,7 @@ class ManyRowsRFM(ChoosingRFM):
         step = job.step() or solver.start(best.machine.coef)
         try:
             with tqdm(disable=not self.verbose, desc="all rows", unit="pass") as bar:
-                for step in solver.steps(step, job.options.error / 10):
+                for step in solver.steps(step, job.options.error / 5):
                     bar.set_postfix(residual=f"{step.residual:.1e}")
                     bar.update()
                     job.after_pass(step)

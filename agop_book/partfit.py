@@ -68,7 +68,8 @@ def fit_part(sample: Sample,     # whose first rows are taken
              reg: float,         # the ridge
              sizes: tuple,       # rows and centres
              error: float,       # at which conjugate gradients may stop
-             dtype=torch.float32   # of the tiles
+             dtype=torch.float32,   # of the tiles
+             start=None          # coefficients of the first centres
              ) -> Fitted:
     "Kernel ridge regression on the first rows of the sample."
     rows, centers = sizes[0], sample.x[: min(sizes)].to(dtype)
@@ -78,7 +79,7 @@ def fit_part(sample: Sample,     # whose first rows are taken
     Y, w = sample.Y[:rows], sample.w[:rows]
     total, squares = float(w.sum()), (w[:, None] * Y.square()).sum(0)
     solver = Falkon(near, z, sample.parts(rows, project, dtype), total, squares, reg)
-    step = solver.start()
+    step = solver.start(start)
     for step in solver.steps(step, error):
         continue
     coef = solver.coef(step.beta)

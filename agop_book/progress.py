@@ -128,12 +128,12 @@ class FitJob:
     def restore(self, growth):
         "Fit the best again."
         kernel, reg, rows, centers, double = self.said["best"]
-        growth.coarse = reg if double else 0.0
         if "now" in self.said:
             growth.kernel = kernel_from_header(self.said["now"][0])
             growth.reg = self.said["now"][1]
         M = self.progress.arrays["best M"].to(growth.sample.x.device)
-        growth.fit("again", M, rows, centers, kernel=kernel_from_header(kernel), reg=reg)
+        growth.fit("again", M, rows, centers, kernel=kernel_from_header(kernel), reg=reg,
+                   double=double)
 
     def after_pass(self, step):
         "A pass over all rows is done."

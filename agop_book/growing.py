@@ -83,7 +83,7 @@ _CENTERS = 2000      # at most, while M is learned
 _TURNED = 0.9995     # cosine of two matrices in a row: from there on M no longer turns
 _BETTER = 0.01       # of the loss: what a change has to win
 _ROUNDING = 0.2      # of the stated error: more would decide between what is tried
-_STOP = 0.2          # of the stated error: where conjugate gradients may stop
+_STOP = 0.25         # of the stated error: where conjugate gradients may stop
 _FEW = 4096          # rows, for which single precision saves next to nothing
 _HOPE = 1.5          # times the best loss: what more rounds might make up for
 _CHOOSE_ON = 20_000  # rows at most: what to cut, and bandwidth and ridge, show on so many
@@ -244,6 +244,8 @@ class Growth:
     def _with_centers(self, count, double=False):
         "The best fit on the whole sample, with so many centres."
         best = self.best
+        # with twice the centres rounding grows about fourfold
+        double = double or 4 * best.rounding > _ROUNDING * self.error
         double = double or best.machine.coef.dtype == torch.float64
         return self.fit("centers", best.M, best.rows, count, kernel=best.kernel, reg=best.reg,
                         start=best.machine.coef, double=double)

@@ -116,7 +116,7 @@ class NystromSolver(Solver):
         parts = LocalParts([self.block])
         solver = Falkon(self.kernel, z[self.chosen], parts, total, self.squares, reg)
         step = solver.start(self.coef)
-        for step in solver.steps(step, self.options.error / 5):
+        for step in solver.steps(step, self.options.error / 4):
             continue
         self.coef = solver.coef(step.beta)
         return solver, self.coef

@@ -161,12 +161,11 @@ class ManyRowsRFM(ChoosingRFM):
 
     def _searched(self, X, Y, w, rng, job):
         "A design, and the units of targets, as the search chooses them on a part of the sample."
-        def design(scale, codes):
-            return self._design(X, w / w.mean(), scale, codes)
+        def design(scale, codes, rows=slice(_SEARCH)):
+            return self._design(X[rows], w[rows] / w.mean(), scale, codes)
 
         if "trial" not in job.said:
-            few = slice(0, min(len(X), _SEARCH))
-            table = DistinctRows(X[few], Y[few], w[few], None, rng)
+            table = DistinctRows(X[:_SEARCH], Y[:_SEARCH], w[:_SEARCH], None, rng)
             plan = self._plan_search(table, table.folds, job.device, design)
             # without a matrix product an entry costs ten times as much
             products = [way for way in plan.ways if way.kernel.bilinear]
@@ -179,7 +178,7 @@ class ManyRowsRFM(ChoosingRFM):
             if job.together:
                 job.share()
         offset, unit, weight = job.said["units"]
-        chosen = design(*job.said["trial"])
+        chosen = design(*job.said["trial"], slice(None))
         return chosen, (np.array(offset), np.array(unit), weight)
 
     def _sample(self, design, units, sampled, job):
@@ -233,11 +232,11 @@ class ManyRowsRFM(ChoosingRFM):
                             growth.sample)
         total, squares = (parts.sum(f) for f in (total_weight, total_squares))
         solver = Falkon(best.machine.kernel, best.machine.compared_centers, parts, float(total),
-                        squares, best.reg)
+                        squares, best.reg, best.T)
         step = job.step() or solver.start(best.machine.coef)
         try:
             with tqdm(disable=not self.verbose, desc="all rows", unit="pass") as bar:
-                for step in solver.steps(step, job.options.error / 5):
+                for step in solver.steps(step, job.options.error / 4):
                     bar.set_postfix(residual=f"{step.residual:.1e}")
                     bar.update()
                     job.after_pass(step)

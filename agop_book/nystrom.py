@@ -71,14 +71,15 @@ class Falkon:
                  parts,                   # what has `sum` over blocks: `LocalParts`
                  total: float,            # the weight of all rows
                  squares: torch.Tensor,   # (c,), weighted squares of the targets
-                 reg: float               # the ridge
+                 reg: float,              # the ridge
+                 T: torch.Tensor | None = None   # the `T` of a solver with these centres
                  ):
         self.tiles = Tiles(kernel, centers)
         self.parts = parts
         self.squares = squares.double().clamp(min=torch.finfo(torch.float64).tiny)
         self.reg = reg
         self.total = total
-        self.T = _factor(kernel(centers.double()), _LIFT[centers.dtype])
+        self.T = _factor(kernel(centers.double()), _LIFT[centers.dtype]) if T is None else T
         self.A = _factor(_outer(self.T).mul_(total / len(centers)), reg)
 
     def coef(self, beta: torch.Tensor) -> torch.Tensor:

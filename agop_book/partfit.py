@@ -60,6 +60,7 @@ class Fitted(NamedTuple):
     passes: int         # over the rows
     rounding: float     # what it adds to the squared errors, over the squared targets
     loss: float         # at the rows to judge by
+    T: torch.Tensor     # float64 (m, m): the Cholesky factor of the kernel between the centres
 
 
 def fit_part(sample: Sample,     # whose first rows are taken
@@ -85,4 +86,5 @@ def fit_part(sample: Sample,     # whose first rows are taken
     coef = solver.coef(step.beta)
     machine = ProjectedMachine(near, centers, coef.to(dtype), M.to(dtype))
     rounding = float(sample.agree(torch.tensor(solver.rounding(coef))))
-    return Fitted(kernel, M, reg, rows, machine, step.number, rounding, sample.loss(machine))
+    return Fitted(kernel, M, reg, rows, machine, step.number, rounding, sample.loss(machine),
+                  solver.T)

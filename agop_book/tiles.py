@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['values_in_place', 'Tiles']
 
-# %% ../nbs/workshop/tiles.ipynb #2cce3a0c
+# %% ../nbs/workshop/tiles.ipynb #82510bab
 from functools import singledispatch
 
 import torch
@@ -14,7 +14,7 @@ from .kernelbase import safe_rate
 from .kernels import Gaussian, Kernel, Laplace, Matern32, Radial
 from .points import Points
 
-# %% ../nbs/workshop/tiles.ipynb #a8f701d8
+# %% ../nbs/workshop/tiles.ipynb #35bfeba1
 @singledispatch
 def values_in_place(kernel: Kernel,
                     r: torch.Tensor,      # distances, `(b, m)`; lost
@@ -40,8 +40,9 @@ def _(kernel: Matern32, r, spare):
     decay = torch.exp(minus_s, out=spare)
     return torch.addcmul(decay, minus_s, decay, value=-1, out=r)
 
-# %% ../nbs/workshop/tiles.ipynb #da054aea
+# %% ../nbs/workshop/tiles.ipynb #79af1b09
 _BYTES = 2**21   # of a tile: larger ones leave the caches, smaller ones pay for each call
+_TILES = 64      # whose rows are made ready together
 _FAR = 30.0        # bandwidths from the middle: at most 1 % of a bandwidth is then rounded away
 
 
@@ -63,18 +64,25 @@ class Tiles:
            ):
         "Yields pieces of a block and their tiles `(b, m)`; each is written over for the next."
         room = self.columns.new_empty(2, self.rows, len(self.points.sq))
-        for piece in block.pieces(self.rows):
-            yield piece, self(piece.x, room)
+        for part in block.pieces(_TILES * self.rows):
+            left = self._left(part.x)
+            for k, piece in enumerate(part.pieces(self.rows)):
+                rows = slice(k * self.rows, (k + 1) * self.rows)
+                yield piece, self._tile(left[rows], room[:, : len(piece.x)])
 
-    def __call__(self, x: torch.Tensor,
-                 room: torch.Tensor | None = None   # two arrays to write over; None: new ones
-                 ) -> torch.Tensor:
-        "The tile `(b, m)` of rows `x` `(b, r)`."
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        "The tile `(b, m)` of rows `x` `(b, r)`, to keep."
+        return self._tile(self._left(x), x.new_empty(2, len(x), len(self.points.sq)))
+
+    def _left(self, x):
+        "Rows `(b, r + 2)` for a product, or `Points` where a product would lose digits."
         left = Points(x - self.shift)
-        if not left.sq.max() <= self.far: return self.kernel.tile(left, self.points)[0]
-        if room is None:
-            room = x.new_empty(2, len(x), len(self.points.sq))
-        tile, spare = room[:, : len(x)]
-        ends = torch.stack([left.sq, torch.ones_like(left.sq)], 1)
-        torch.mm(torch.cat([-2 * left.x, ends], 1), self.columns, out=tile)
+        if not left.sq.max() <= self.far: return left
+        return torch.cat([-2 * left.x, left.sq[:, None], torch.ones_like(left.sq)[:, None]], 1)
+
+    def _tile(self, left, room):
+        "Kernel values of rows and centres, in the first of two arrays where that can be."
+        if isinstance(left, Points): return self.kernel.tile(left, self.points)[0]
+        tile, spare = room
+        torch.mm(left, self.columns, out=tile)
         return values_in_place(self.kernel, tile.clamp_(min=0).sqrt_(), spare)

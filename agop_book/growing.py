@@ -85,6 +85,7 @@ _BETTER = 0.01       # of the loss: what a change has to win
 _ROUNDING = 0.2      # of the stated error: more would decide between what is tried
 _STOP = 0.25         # of the stated error: where conjugate gradients may stop
 _FEW = 4096          # rows, for which single precision saves next to nothing
+_BEFORE_DENSE = 4096   # centres that are tried where every row may be one
 _HOPE = 1.5          # times the best loss: what more rounds might make up for
 _CHOOSE_ON = 20_000  # rows at most: what to cut, and bandwidth and ridge, show on so many
 
@@ -101,6 +102,8 @@ class Growth:
     error: float          # part of the variance that may be lost
     most: int             # centres for which there is memory
     center: bool = False  # take the mean gradient out of the AGOP
+    dense: bool = False   # whether every row may be a centre in the end
+    starved: bool = False   # whether it has to be: more centres than were tried would pay
     step: Callable = len  # called with a row of history after each fit; len() does nothing
     best: Fitted = None
     last: float = field(default_factory=time.perf_counter)
@@ -157,19 +160,21 @@ class Growth:
     def rounds(self, M: torch.Tensor,   # to start from
                done: int = 0            # rounds that are finished
                ):
-        "Yields the M of every round on growing parts, then on the whole sample."
+        "Yields the M of every round on growing parts, then on the whole sample while it pays."
         sizes, fit = self.parts(), None
-        middle = len(sizes) // 2
+        last = M
         for number, rows in enumerate(sizes + [sizes[-1]] * self.n_iter):
             if number < done: continue
+            before = fit
             fit = self.fit("M", softened(M), rows, start=fit and fit.machine.coef)
-            if number == middle:
+            if before and rows == before.rows and not self._better(fit, before):
+                yield M if fit.loss < before.loss else last
+                return
+            if number == len(sizes) // 2:
                 self.tune(fit)
-            new = self._next(fit)
-            still = cosine(new, M) > _TURNED
-            M = new
+            last, M = M, self._next(fit)
             yield M
-            if still and rows == sizes[-1]: return
+            if rows == sizes[-1] and cosine(last, M) > _TURNED: return
 
     def _next(self, fit):
         return next_matrix(fit, self.sample, self.structure, self.center)
@@ -182,7 +187,8 @@ class Growth:
         self.best = None        # fits to other rows do not compare
         if search is not None:
             self.fit("search", search, rows)
-        self.fit("M", M, rows)
+        for whole in (softened(M), M):
+            self.fit("M", whole, rows)
         for pair in cuts(M):
             fit = min((self.fit("cut", cut, rows) for cut in pair), key=lambda fit: fit.loss)
             if fit.loss < _HOPE * self.best.loss:
@@ -228,18 +234,25 @@ class Growth:
     def widen(self, centers=None   # so many in any case; None: as many as pay
               ):
         "Doubles the centres of the best fit, until that wins less than the stated error."
-        least = self.error * self.sample.variance()
         rows = min(len(self.sample.x), _CHOOSE_ON)
         if centers is not None:
             self.best = self._with_centers(min(centers, rows))
-        while not centers and 2 * len(self.best.machine.centers) <= min(self.most, rows // 2):
+        else:
+            self.starved = self._doubled(min(self.most, rows // 2)) and self.dense
+        if self.best.machine.coef.dtype != torch.float64 and not self.starved:
+            self.best = self._with_centers(len(self.best.machine.centers), True)
+
+    def _doubled(self, most):
+        "Double the centres while that pays; whether it still did at the end."
+        least, pays = self.error * self.sample.variance(), True
+        most = min(most, _BEFORE_DENSE) if self.dense else most
+        while pays and 2 * len(self.best.machine.centers) <= most:
             before = self.best
             wider = self._with_centers(2 * len(before.machine.centers))
-            if before.loss - wider.loss < least:
+            pays = before.loss - wider.loss >= least
+            if not pays:
                 self.best = before
-                break
-        if self.best.machine.coef.dtype != torch.float64:      # as the last solve will be
-            self.best = self._with_centers(len(self.best.machine.centers), True)
+        return pays
 
     def _with_centers(self, count, double=False):
         "The best fit on the whole sample, with so many centres."

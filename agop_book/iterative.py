@@ -20,10 +20,12 @@ from .parameters import Nested, positive
 from .partials import Block, LocalParts
 from .solvers import SOLVERS, Fit, Solver
 from .structures import Full
+from .tiles import tiles_for
 
 # %% ../nbs/workshop/iterative.ipynb #71afb959
 _MOST = 8192         # more take minutes for their own m^3, and must be asked for
 _ROUNDING = 0.01     # of the stated error: what the rounding of tiles may add to it
+_ROOM = 2**27        # bytes for kernel values that are used again and again
 _SQUARES = 4         # arrays (m, m) in double precision at the same time
 
 
@@ -60,7 +62,7 @@ class Nystrom(Nested):
         m = min(n, self._count(n))
 
         def need(n):
-            return itemsize * n * (3 * d + 4 * c) + 8 * structure.numbers(d) + 2**26
+            return itemsize * n * (3 * d + 4 * c) + 8 * structure.numbers(d) + 2**27
 
         what = f"a fit to X with {n:,} rows and {d:,} features, {c:,} outputs,"
         rows = plan(need, what, "Pass float32 data, rows_of(...) to read X batch by batch, or a "
@@ -114,7 +116,8 @@ class NystromSolver(Solver):
         self.block = Block(z, Y, None if bool((w == 1).all()) else w)
         total = float(self.weights.sum())
         parts = LocalParts([self.block])
-        solver = Falkon(self.kernel, z[self.chosen], parts, total, self.squares, reg)
+        tiles = tiles_for(self.kernel, z[self.chosen], len(z), _ROOM)
+        solver = Falkon(tiles, parts, total, self.squares, reg)
         step = solver.start(self.coef)
         for step in solver.steps(step, self.options.error / 4):
             continue

@@ -17,6 +17,7 @@ from sklearn.base import ClassifierMixin
 from sklearn.utils import check_random_state
 from tqdm import tqdm
 
+from .allcenters import can_be_centers, with_all_centers
 from .choices import DistanceWay
 from .choosing import ChoosingRFM
 from .clusters import cluster_of, prepared_there
@@ -37,9 +38,11 @@ from .progress import FitJob, FitProgress
 from .rowchecks import Rows
 from .rowstream import rows_of, scan
 from .sharing import shared_keys, shared_scan
+from .tiles import Tiles
 
 # %% ../nbs/workshop/manyrows.ipynb #048090c1
 _SEARCH = 8192       # rows of the sample that the search may look at; it takes 2,000 of them
+_ROOM = 2**29        # bytes for kernel values of a part, at most
 _HELD = 9            # of the sample one row in so many is held out, but no more than:
 _HELD_MOST = 8192
 
@@ -167,9 +170,6 @@ class ManyRowsRFM(ChoosingRFM):
         if "trial" not in job.said:
             table = DistinctRows(X[:_SEARCH], Y[:_SEARCH], w[:_SEARCH], None, rng)
             plan = self._plan_search(table, table.folds, job.device, design)
-            # without a matrix product an entry costs ten times as much
-            products = [way for way in plan.ways if way.kernel.bilinear]
-            plan = plan._replace(ways=products or plan.ways)
             self._run_search(plan)
             job.history += [{"stage": "search", **row} for row in plan.search.rows]
             offset = np.zeros(Y.shape[1]) if plan.offset is None else plan.offset
@@ -193,16 +193,18 @@ class ManyRowsRFM(ChoosingRFM):
         share = slice(None)
         if job.together:
             share = slice(dist.get_rank(), None, dist.get_world_size())
+        room = int(min(_ROOM, self._limit(job.device) / 8))
         return Sample(Z[rest], Y[rest], w[rest], Block(Z[held], Y[held], w[held]), share,
-                      job.together)
+                      job.together, room)
 
     def _growth(self, sample, design, n, job):
         "The `Growth` for a sample, with what the search has chosen."
         way = DistanceWay(kernel_from_header(job.said["kernel"]), job.said["metric"])
         room = self._limit(job.device) - 4 * sample.x.numel()
         most = sample.agree(torch.tensor(job.options.most_centers(n, room)))
+        dense = self.solver == "auto" and can_be_centers(sample, n, room)
         return Growth(sample, way.kernel, self._structure_of(design, way), job.said["reg"],
-                      self.n_iter, job.options.error, int(most), self._centers())
+                      self.n_iter, job.options.error, int(most), self._centers(), dense)
 
     def _grow(self, growth, job):
         "Choose M, bandwidth, ridge and centres; every round is kept in the file."
@@ -221,18 +223,19 @@ class ManyRowsRFM(ChoosingRFM):
             growth.cut(M, job.progress.arrays["first M"].to(M.device))
             growth.tune(growth.best)
             growth.widen(job.options.centers)
-            job.after(growth, "grown")
+            job.after(growth, "grown", starved=growth.starved)
 
     # --- the last solve
 
     def _solve_all(self, growth, rows, n, units, job):
         "Solve on all rows with what was found, and keep it."
         best, start = growth.best, time.perf_counter()
+        if growth.starved: return self._solve_densely(growth, units, job)
         parts = self._parts(rows, n, Prepared(self, best.machine, *units, job.device),
                             growth.sample)
         total, squares = (parts.sum(f) for f in (total_weight, total_squares))
-        solver = Falkon(best.machine.kernel, best.machine.compared_centers, parts, float(total),
-                        squares, best.reg, best.T)
+        tiles = Tiles(best.machine.kernel, best.machine.compared_centers)
+        solver = Falkon(tiles, parts, float(total), squares, best.reg, best.T)
         step = job.step() or solver.start(best.machine.coef)
         try:
             with tqdm(disable=not self.verbose, desc="all rows", unit="pass") as bar:
@@ -245,6 +248,15 @@ class ManyRowsRFM(ChoosingRFM):
             left = solver.squared_errors(step).sum() / squares.sum()
             job.solved(n, best, step, 1 - float(left), start)
             self._keep_all(best, coef, units, job.history)
+
+    def _solve_densely(self, growth, units, job):
+        "Solve with every row a centre, and keep it."
+        start = time.perf_counter()
+        best, score = with_all_centers(growth.sample, growth.best)
+        job.history.append({"stage": "all rows", "rows": best.rows, "centers": best.rows,
+                            "reg": best.reg, "precision": "float32", "train_score": score,
+                            "seconds": time.perf_counter() - start})
+        self._keep_all(best, best.machine.coef, units, job.history)
 
     def _parts(self, rows, n, prepare, sample):
         "All rows as blocks: on the cluster that has them, or here, kept or streamed."

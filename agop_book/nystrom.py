@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 
-from .kernels import Kernel
 from .tiles import Tiles
 
 # %% ../nbs/workshop/nystrom.ipynb #2770b777
@@ -66,21 +65,20 @@ class Step(NamedTuple):
 class Falkon:
     "Preconditioned conjugate gradients for one set of centres and one ridge."
 
-    def __init__(self, kernel: Kernel,
-                 centers: torch.Tensor,   # (m, r), rows among those in `parts`
+    def __init__(self, tiles: Tiles,      # of rows with m centres, which are some of the rows
                  parts,                   # what has `sum` over blocks: `LocalParts`
                  total: float,            # the weight of all rows
                  squares: torch.Tensor,   # (c,), weighted squares of the targets
                  reg: float,              # the ridge
                  T: torch.Tensor | None = None   # the `T` of a solver with these centres
                  ):
-        self.tiles = Tiles(kernel, centers)
+        self.tiles = tiles
         self.parts = parts
         self.squares = squares.double().clamp(min=torch.finfo(torch.float64).tiny)
         self.reg = reg
         self.total = total
-        self.T = _factor(kernel(centers.double()), _LIFT[centers.dtype]) if T is None else T
-        self.A = _factor(_outer(self.T).mul_(total / len(centers)), reg)
+        self.T = _factor_between(tiles) if T is None else T
+        self.A = _factor(_outer(self.T).mul_(total / len(self.T)), reg)
 
     def coef(self, beta: torch.Tensor) -> torch.Tensor:
         "Coefficients `(m, c)` for a solution."
@@ -149,6 +147,11 @@ class Falkon:
         length = torch.where(down, old / curvature.clamp(min=tiny), 0)
         beta, r = beta + length * p, r - length * q
         return self._step(step.number + 1, beta, r, r + r.square().sum(0) / old.clamp(min=tiny) * p)
+
+
+def _factor_between(tiles):
+    "The factor of the kernel between the centres."
+    return _factor(tiles.kernel(tiles.centers.double()), _LIFT[tiles.centers.dtype])
 
 
 def _factor(S, more):

@@ -16,6 +16,7 @@ from .kernels import Kernel
 from .nystrom import Falkon
 from .partials import Block, LocalParts
 from .points import Points
+from .tiles import tiles_for
 
 # %% ../nbs/workshop/partfit.ipynb #21fad5a3
 class Sample(NamedTuple):
@@ -26,6 +27,7 @@ class Sample(NamedTuple):
     held: Block           # rows to judge by
     share: slice = slice(None)   # of the rows of a part, those of this process
     together: bool = False       # whether other processes have the others
+    room: int = 2**28            # bytes for kernel values that are used again and again
 
     def parts(self,
               rows: int,    # from the beginning
@@ -79,7 +81,8 @@ def fit_part(sample: Sample,     # whose first rows are taken
     near = adapted(kernel, Points(z - kernel.shift(z)))
     Y, w = sample.Y[:rows], sample.w[:rows]
     total, squares = float(w.sum()), (w[:, None] * Y.square()).sum(0)
-    solver = Falkon(near, z, sample.parts(rows, project, dtype), total, squares, reg)
+    tiles = tiles_for(near, z, rows, sample.room)
+    solver = Falkon(tiles, sample.parts(rows, project, dtype), total, squares, reg)
     step = solver.start(start)
     for step in solver.steps(step, error):
         continue

@@ -123,17 +123,19 @@ class FitJob:
         double = best.machine.coef.dtype == torch.float64
         again = [kernel_to_header(best.kernel), best.reg, best.rows, len(best.machine.centers),
                  double]
-        self.progress.save({"best M": best.M, **(arrays or {})}, stage=stage, best=again, **said)
+        found = {"best M": best.M, "best coef": best.machine.coef}
+        self.progress.save({**found, **(arrays or {})}, stage=stage, best=again, **said)
 
     def restore(self, growth):
         "Fit the best again."
         kernel, reg, rows, centers, double = self.said["best"]
+        growth.starved = self.said.get("starved", False)
         if "now" in self.said:
             growth.kernel = kernel_from_header(self.said["now"][0])
             growth.reg = self.said["now"][1]
         M = self.progress.arrays["best M"].to(growth.sample.x.device)
         growth.fit("again", M, rows, centers, kernel=kernel_from_header(kernel), reg=reg,
-                   double=double)
+                   double=double, start=self.progress.arrays["best coef"].to(M.device))
 
     def after_pass(self, step):
         "A pass over all rows is done."

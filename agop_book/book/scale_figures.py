@@ -155,7 +155,7 @@ _UNEXPLAINED = (0.02, 0.03, 0.05, 0.1, 0.2, 0.3)
 
 def draw_accuracy(results: pd.DataFrame   # of `accuracy_study`
                   ):                      # matplotlib Figure
-    "Test R2 against centres and against directions; what a cut moves beside the estimate."
+    "Test R2 against centres and against directions; what a cut moves beside its bound."
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(10, 3.3))
     centers, directions = by_centers(results), by_directions(results)
     left.semilogx(centers.index, 1 - centers["r2"], "o-")
@@ -163,7 +163,7 @@ def draw_accuracy(results: pd.DataFrame   # of `accuracy_study`
     middle.plot(directions.index, directions["r2"], "o-")
     middle.set(xlabel="directions kept", ylabel="test $R^2$", ylim=(-0.2, 1))
     some = directions[directions["share"] > 1e-9]
-    right.semilogy(some.index, some["bound"], "--", color="0.4", label=r"$0.37\,\delta/2$")
+    right.semilogy(some.index, some["bound"], "--", color="0.4", label="bound")
     right.semilogy(some.index, some["moved"], "o-", color=PALETTE[1], label="measured mean")
     right.set(xlabel="directions kept", ylabel="change of a kernel value")
     right.legend()

@@ -14,17 +14,20 @@ import torch
 from .tiles import Tiles
 
 # %% ../nbs/workshop/nystrom.ipynb #2770b777
-def _by_tile(block, tiles):
-    "Yields the tile, targets and weights `(b, 1)` (or 1) of every piece of a block."
-    for piece, tile in tiles.of(block):
-        yield tile, piece.Y, 1 if piece.w is None else piece.w[:, None]
+def _added(block, tiles, right):
+    "The sum over tiles K of K^T times weighted columns, `right(K, Y)`."
+    def part(piece, K):
+        columns = right(K, piece.Y)
+        return (K.T @ (columns if piece.w is None else piece.w[:, None] * columns)).double()
+
+    return sum(part(piece, K) for piece, K in tiles.of(block))
 
 
 def moments(block,         # `Block`
             tiles: Tiles   # of its rows with m centres
             ) -> torch.Tensor:   # float64 (m, c)
     "K^T W Y."
-    return sum((K.T @ (w * Y)).double() for K, Y, w in _by_tile(block, tiles))
+    return _added(block, tiles, lambda K, Y: Y)
 
 
 def normal_products(block,            # `Block`
@@ -32,7 +35,7 @@ def normal_products(block,            # `Block`
                     v: torch.Tensor   # (m, c)
                     ) -> torch.Tensor:   # float64 (m, c)
     "K^T W K v."
-    return sum((K.T @ (w * (K @ v))).double() for K, _, w in _by_tile(block, tiles))
+    return _added(block, tiles, lambda K, Y: K @ v)
 
 
 def both_sides(block,            # `Block`
@@ -40,8 +43,7 @@ def both_sides(block,            # `Block`
                v: torch.Tensor   # (m, c)
                ) -> torch.Tensor:   # float64 (m, 2c)
     "K^T W Y and K^T W K v, beside each other, for one making of the tiles."
-    return sum((K.T @ (w * torch.cat([Y, K @ v], 1))).double()
-               for K, Y, w in _by_tile(block, tiles))
+    return _added(block, tiles, lambda K, Y: torch.cat([Y, K @ v], 1))
 
 # %% ../nbs/workshop/nystrom.ipynb #6641a123
 _LIFT = {torch.float32: 1e-4, torch.float64: 1e-14}   # of the eigenvalues of K_mm, whose mean is 1

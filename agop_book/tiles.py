@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['values_in_place', 'Tiles', 'KeptTiles', 'tiles_for']
 
-# %% ../nbs/workshop/tiles.ipynb #f1f4de83
+# %% ../nbs/workshop/tiles.ipynb #34c83b99
 from functools import singledispatch
 
 import torch
@@ -14,7 +14,7 @@ from .kernelbase import safe_rate
 from .kernels import Gaussian, Kernel, Laplace, Matern32, Radial
 from .points import Points
 
-# %% ../nbs/workshop/tiles.ipynb #03903509
+# %% ../nbs/workshop/tiles.ipynb #a34df31e
 @singledispatch
 def values_in_place(kernel: Kernel,       # a radial one
                     r: torch.Tensor,      # distances, `(b, m)`; lost
@@ -40,7 +40,7 @@ def _(kernel: Matern32, r, spare):
     decay = torch.exp(minus_s, out=spare)
     return torch.addcmul(decay, minus_s, decay, value=-1, out=r)
 
-# %% ../nbs/workshop/tiles.ipynb #1aa92730
+# %% ../nbs/workshop/tiles.ipynb #5b0cc72b
 _BYTES = 2**21   # of a tile: larger ones leave the caches, smaller ones pay for each call
 _TILES = 64      # whose rows are made ready together
 _FAR = 30.0        # bandwidths from the middle: at most 1 % of a bandwidth is then rounded away
@@ -63,12 +63,13 @@ class Tiles:
     def of(self, block   # what has `pieces`: a `Block`
            ):
         "Yields pieces of a block and their tiles `(b, m)`; each is written over for the next."
-        room = self.columns.new_empty(2, self.rows, len(self.points.sq))
+        room = tuple(self.columns.new_empty(2, self.rows, len(self.points.sq)))
         for part in block.pieces(_TILES * self.rows):
             left = self._left(part.x)
             for k, piece in enumerate(part.pieces(self.rows)):
-                rows = slice(k * self.rows, (k + 1) * self.rows)
-                yield piece, self._tile(left[rows], room[:, : len(piece.x)])
+                rows = left[k * self.rows : (k + 1) * self.rows]
+                full = len(rows) == self.rows
+                yield piece, self._tile(rows, room if full else [t[: len(rows)] for t in room])
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         "The tile `(b, m)` of rows `x` `(b, r)`, to keep."
@@ -87,7 +88,7 @@ class Tiles:
         torch.mm(left, self.columns, out=tile)
         return values_in_place(self.kernel, tile.clamp_(min=0).sqrt_(), spare)
 
-# %% ../nbs/workshop/tiles.ipynb #b50b9794
+# %% ../nbs/workshop/tiles.ipynb #91854f15
 class KeptTiles(Tiles):
     "Tiles of one block, which stay in memory once they are made."
 

@@ -210,7 +210,8 @@ def _last_solve(model):
     if last.get("stage") != "all rows": return {"last solve": np.nan, "its floor": np.nan}
     m, r = model.machines_[-1].compared_centers.shape
     entries = last["rows"] * m * last["passes"]
-    floor = 1e-9 * entries * sum(entry_floor(m, r).values())
+    kernel = model.machines_[-1].kernel
+    floor = 1e-9 * entries * sum(entry_floor(m, r, torch.float64, kernel).values())
     return {"last solve": float(last["seconds"]), "its floor": float(floor)}
 
 

@@ -70,12 +70,13 @@ def next_matrix(fit: Fitted,         # its machine has the gradients
 _SOFT = 0.3          # of the trace: less hides weak directions, more blurs those that are known
 
 
-def softened(M: torch.Tensor   # (p,) or (p, p)
+def softened(M: torch.Tensor,      # (p,) or (p, p)
+             share: float = _SOFT   # of the trace, for the identity
              ) -> torch.Tensor:
     "Seven tenths of a matrix and three of the identity, by their traces."
-    if M.ndim == 1: return (1 - _SOFT) * M / M.sum() + _SOFT / len(M)
+    if M.ndim == 1: return (1 - share) * M / M.sum() + share / len(M)
     eye = torch.eye(len(M), dtype=M.dtype, device=M.device)
-    return (1 - _SOFT) * M / M.trace() + _SOFT / len(M) * eye
+    return (1 - share) * M / M.trace() + share / len(M) * eye
 
 # %% ../nbs/workshop/growing.ipynb #f9039f63
 _FIRST = 2500        # rows of the first part
@@ -105,6 +106,7 @@ class Growth:
     dense: bool = False   # whether every row may be a centre in the end
     starved: bool = False   # whether it has to be: more centres than were tried would pay
     step: Callable = len  # called with a row of history after each fit; len() does nothing
+    soft: float = _SOFT   # of the metric's trace, for the identity, while M is learned
     best: Fitted = None
     last: float = field(default_factory=time.perf_counter)
 
@@ -166,7 +168,7 @@ class Growth:
         for number, rows in enumerate(sizes + [sizes[-1]] * self.n_iter):
             if number < done: continue
             before = fit
-            fit = self.fit("M", softened(M), rows, start=fit and fit.machine.coef)
+            fit = self.fit("M", softened(M, self.soft), rows, start=fit and fit.machine.coef)
             if before and rows == before.rows and not self._better(fit, before):
                 yield M if fit.loss < before.loss else last
                 return
@@ -187,7 +189,7 @@ class Growth:
         self.best = None        # fits to other rows do not compare
         if search is not None:
             self.fit("search", search, rows)
-        for whole in (softened(M), M):
+        for whole in (softened(M, self.soft), M):
             self.fit("M", whole, rows)
         for pair in cuts(M):
             fit = min((self.fit("cut", cut, rows) for cut in pair), key=lambda fit: fit.loss)

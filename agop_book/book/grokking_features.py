@@ -6,12 +6,13 @@
 __all__ = ['PLANTED', 'planted_metric', 'planted_run', 'planted_study', 'blocks_run', 'blocks_study', 'Squares', 'network_run',
            'network_study']
 
-# %% ../../nbs/book/grokking_features.ipynb #cba4783c
+# %% ../../nbs/book/grokking_features.ipynb #99dc2db8
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 
+from ..ansatz import rotated
 from .grokking_study import TABLE_KERNELS, correct_share
 from .run import pick
 from .sweep import sweep
@@ -28,7 +29,7 @@ from ..matrices import pearson
 from ..nfa import nfa
 from ..solvers import CholeskySolver, rounds
 
-# %% ../../nbs/book/grokking_features.ipynb #6a055716
+# %% ../../nbs/book/grokking_features.ipynb #56ab39c8
 PLANTED = ("circulant", "wrong order", "random order", "rotated")
 
 
@@ -74,7 +75,7 @@ def planted_study() -> pd.DataFrame:
             for seed in range(pick(quick=2, book=5))]
     return sweep("grokking-planted", planted_run, grid, version="1")
 
-# %% ../../nbs/book/grokking_features.ipynb #183b4010
+# %% ../../nbs/book/grokking_features.ipynb #f39dc328
 def blocks_run(op: str,       # "+", "-", "*" or "/"
                p: int,        # modulus
                shown: list    # rounds, the last one is where it ends
@@ -96,7 +97,7 @@ def blocks_study() -> pd.DataFrame:
     grid = [{"op": op, "p": p, "shown": some if op == "+" else some[-1:]} for op in "+-*/"]
     return sweep("grokking-blocks", blocks_run, grid, version="1")
 
-# %% ../../nbs/book/grokking_features.ipynb #ebaa9c9e
+# %% ../../nbs/book/grokking_features.ipynb #e1016de5
 class Squares(nn.Module):
     "Two linear maps with a square in between, `(n, 2m)` to `(n, m)`."
 
@@ -129,15 +130,17 @@ def _network_measures(net, task):
     found, sites = nfa(net, task.X.float(), matrices=True, random_state=0, progress=False,
                        only="first")
     N, root = sites[0].nfm(), sites[0].root()
+    turned = rotated(sites[0], torch.Generator().manual_seed(0)).root()
     block = N[:m, m:] - N[:m, m:].mean()
     solver = CholeskySolver(Quadratic(), task.X, task.Y, [1e-8])
     planted = next(rounds(solver, 0, M=N / N.diagonal().mean()))
     with torch.no_grad():
         outputs, fitted = net(task.X_test.float()), net(task.X.float())
-    return {"train": correct_share(fitted, task.Y.argmax(1)), "test": correct_share(outputs, task.answers),
-            "pearson": found["pearson"][0], "control": found["pearson_forced"][0],
-            "block": pearson(block, root[:m, m:]), "circulant": circulant_share(block),
-            "mirrored": circulant_share(block.flip(1)),
+    return {"train": correct_share(fitted, task.Y.argmax(1)),
+            "test": correct_share(outputs, task.answers),
+            "whole": found["pearson"][0], "whole control": found["pearson_forced"][0],
+            "block": pearson(block, root[:m, m:]), "block control": pearson(block, turned[:m, m:]),
+            "circulant": circulant_share(block), "mirrored": circulant_share(block.flip(1)),
             "planted": correct_share(planted.machine(task.X_test), task.answers)}
 
 

@@ -6,7 +6,7 @@
 __all__ = ['Quadratic', 'quadratic_forms', 'RootSolver', 'circulant_part', 'circulant_share', 'circulant_metric', 'TableTask',
            'addition_order', 'discrete_logarithms', 'modular_table', 'split_table']
 
-# %% ../nbs/17_grokking.ipynb #ea341410
+# %% ../nbs/17_grokking.ipynb #f874360d
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +26,7 @@ from .solvers import CholeskySolver
 
 _all_ = ["TableTask", "addition_order", "discrete_logarithms", "modular_table", "split_table"]
 
-# %% ../nbs/17_grokking.ipynb #0b9e28dc
+# %% ../nbs/17_grokking.ipynb #4c5c7d45
 @dataclass(frozen=True)
 class Quadratic(Kernel):
     "(x^T M z)^2"
@@ -49,7 +49,7 @@ def quadratic_forms(machine      # a `KernelMachine` with the kernel `Quadratic`
     B = torch.stack([x.T @ (a[:, None] * x) for a in machine.coef.T])
     return B if M is None else M @ B @ M
 
-# %% ../nbs/17_grokking.ipynb #9b8bf9b7
+# %% ../nbs/17_grokking.ipynb #a7c69284
 class RootSolver(CholeskySolver):
     "Kernel ridge regression whose next M is the root of the AGOP, gradients centred."
 
@@ -60,13 +60,13 @@ class RootSolver(CholeskySolver):
         "See `Solver`; for the quadratic kernel without the gradients of every row."
         if not isinstance(self.kernel, Quadratic): return super().agop(fit)
         S = quadratic_forms(fit.machine)
-        return 4 * (S @ torch.cov(self.X.T, correction=0) @ S).sum(0)
+        return self.structure.settle(4 * (S @ torch.cov(self.X.T, correction=0) @ S).sum(0))
 
     def next_metric(self, fit):
         "AGOP^(1/2)."
         return matrix_power(super().next_metric(fit), 0.5, clip=True)
 
-# %% ../nbs/17_grokking.ipynb #2dec8fd0
+# %% ../nbs/17_grokking.ipynb #cd81ee29
 def circulant_part(block   # (m, m)
                    ) -> np.ndarray:   # (m, m)
     "The nearest circulant matrix: every entry becomes the mean of its wrapped diagonal."
@@ -83,7 +83,7 @@ def circulant_share(block   # (m, m)
     total = (away**2).sum()
     return float((circulant_part(away) ** 2).sum() / total) if total else np.nan
 
-# %% ../nbs/17_grokking.ipynb #09721a76
+# %% ../nbs/17_grokking.ipynb #d6c33f2a
 def circulant_metric(m: int,         # numbers
                      seed: int = 0   # of the circulant
                      ) -> np.ndarray:   # (2m, 2m)

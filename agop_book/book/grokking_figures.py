@@ -6,7 +6,7 @@
 __all__ = ['SIGNS', 'WORDS', 'by_rounds', 'grokking_table', 'draw_grokking', 'draw_circulant', 'draw_measures', 'by_epochs',
            'draw_network', 'Film', 'block_film']
 
-# %% ../../nbs/book/grokking_figures.ipynb #645a90f1
+# %% ../../nbs/book/grokking_figures.ipynb #e890a61e
 import base64
 import html
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ with extra("book"):
     import matplotlib.pyplot as plt
     from PIL import Image as Picture
 
-# %% ../../nbs/book/grokking_figures.ipynb #8adc668c
+# %% ../../nbs/book/grokking_figures.ipynb #518c9f81
 SIGNS = {"+": "$a + b$", "-": "$a - b$", "*": r"$a \cdot b$", "/": "$a / b$"}
 
 
@@ -85,7 +85,7 @@ def draw_grokking(results: pd.DataFrame   # of `grokking_study`, one modulus
         ax.legend(loc="lower right")
     return fig
 
-# %% ../../nbs/book/grokking_figures.ipynb #7288e213
+# %% ../../nbs/book/grokking_figures.ipynb #0107f801
 def _panels(blocks):
     "Titles and blocks of the eight pictures."
     found = {row["op"]: row for _, row in blocks.iterrows()}
@@ -126,7 +126,7 @@ def draw_circulant(blocks: pd.DataFrame,    # of `blocks_study`
     ax.legend(loc="center right")
     return fig
 
-# %% ../../nbs/book/grokking_figures.ipynb #a76f1755
+# %% ../../nbs/book/grokking_figures.ipynb #06eb1652
 _MEASURES = {"test": "test accuracy", "alignment": "cosine with its own last block",
              "circulant": "share along diagonals", "size": "size of the circulant part"}
 
@@ -144,7 +144,7 @@ def draw_measures(results: pd.DataFrame   # of `control_study`
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return fig
 
-# %% ../../nbs/book/grokking_figures.ipynb #ebf7b439
+# %% ../../nbs/book/grokking_figures.ipynb #59a28cc1
 def by_epochs(results: pd.DataFrame   # of `network_study`
               ) -> pd.DataFrame:
     "A row for each epoch that was looked at."
@@ -173,7 +173,7 @@ def draw_network(results: pd.DataFrame   # of `network_study`
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
     return fig
 
-# %% ../../nbs/book/grokking_figures.ipynb #08e568ed
+# %% ../../nbs/book/grokking_figures.ipynb #5c451708
 @dataclass(frozen=True)
 class Film:
     "Pictures one after another, and a sentence for those who cannot see them."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['modular_table', 'discrete_logarithms', 'addition_order', 'TableTask', 'split_table']
 
-# %% ../nbs/workshop/modular.ipynb #566f0eb8
+# %% ../nbs/workshop/modular.ipynb #741596db
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 
 from .arrays import check_count, is_number
 
-# %% ../nbs/workshop/modular.ipynb #6f7e796e
+# %% ../nbs/workshop/modular.ipynb #2b6ea669
 def modular_table(op: str,   # "+", "-", "*" or "/"
                   p: int     # modulus; a prime for "*" and "/"
                   ) -> np.ndarray:   # (m, m), classes
@@ -29,7 +29,7 @@ def modular_table(op: str,   # "+", "-", "*" or "/"
     b = i[1:] if op == "*" else np.array([pow(int(n), -1, p) for n in i[1:]])
     return i[1:, None] * b % p - 1
 
-# %% ../nbs/workshop/modular.ipynb #78ae4f28
+# %% ../nbs/workshop/modular.ipynb #db96e8c9
 def discrete_logarithms(p: int   # a prime
                         ) -> np.ndarray:   # (p - 1,)
     """Of the numbers from 1 to p - 1: n = g^k modulo p has the logarithm k, 0 <= k < p - 1.
@@ -41,7 +41,7 @@ def discrete_logarithms(p: int   # a prime
     raise ValueError(f"p={p} is not prime, so the numbers from 1 to {p - 1} have no logarithms "
                      "modulo p; take a prime, or op '+' or '-', for which any p will do.")
 
-# %% ../nbs/workshop/modular.ipynb #4ee26ceb
+# %% ../nbs/workshop/modular.ipynb #7ef1510c
 def addition_order(op: str,   # "+", "-", "*" or "/"
                    p: int     # modulus
                    ):         # rows (m,) and columns (m,)
@@ -50,7 +50,7 @@ def addition_order(op: str,   # "+", "-", "*" or "/"
     order = np.arange(m) if op in "+-" else np.argsort(discrete_logarithms(p))
     return order, order if op in "+*" else order[-np.arange(m) % m]
 
-# %% ../nbs/workshop/modular.ipynb #a252ad5a
+# %% ../nbs/workshop/modular.ipynb #5d78a0cd
 class TableTask(NamedTuple):
     "Pairs of a table and their answers; float64 but for `answers`."
     X: torch.Tensor         # (n, 2m), training pairs: two ones in a row
@@ -72,7 +72,7 @@ def split_table(table,               # (m, m), classes from 0 on
     y = torch.as_tensor(table.ravel())
     return TableTask(X[few], answer[y[few]], X[rest], y[rest])
 
-# %% ../nbs/workshop/modular.ipynb #e5cd2a7a
+# %% ../nbs/workshop/modular.ipynb #8f5ef5d3
 def _draw(table, share, seed):
     "Numbers of the pairs to train on and of the others; ValueError as `split_table` says."
     if table.ndim != 2 or table.shape[0] != table.shape[1] or table.dtype.kind not in "iu":

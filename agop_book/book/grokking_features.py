@@ -6,7 +6,7 @@
 __all__ = ['PLANTED', 'planted_metric', 'planted_run', 'planted_study', 'blocks_run', 'blocks_study', 'Squares', 'network_run',
            'network_study']
 
-# %% ../../nbs/book/grokking_features.ipynb #985f7ed8
+# %% ../../nbs/book/grokking_features.ipynb #dd5f009d
 import numpy as np
 import pandas as pd
 import torch
@@ -29,7 +29,7 @@ from ..matrices import pearson
 from ..nfa import nfa
 from ..solvers import CholeskySolver, rounds
 
-# %% ../../nbs/book/grokking_features.ipynb #21748170
+# %% ../../nbs/book/grokking_features.ipynb #da7e602a
 PLANTED = ("circulant", "wrong order", "random order", "rotated")
 
 
@@ -75,7 +75,7 @@ def planted_study() -> pd.DataFrame:
             for seed in range(pick(quick=2, book=5))]
     return sweep("grokking-planted", planted_run, grid, version="1")
 
-# %% ../../nbs/book/grokking_features.ipynb #650686c1
+# %% ../../nbs/book/grokking_features.ipynb #d50d8465
 def blocks_run(op: str,       # "+", "-", "*" or "/"
                p: int,        # modulus
                shown: list    # rounds, the last one is where it ends
@@ -97,7 +97,7 @@ def blocks_study() -> pd.DataFrame:
     grid = [{"op": op, "p": p, "shown": some if op == "+" else some[-1:]} for op in "+-*/"]
     return sweep("grokking-blocks", blocks_run, grid, version="1")
 
-# %% ../../nbs/book/grokking_features.ipynb #ff5ac095
+# %% ../../nbs/book/grokking_features.ipynb #bc223eb5
 class Squares(nn.Module):
     "Two linear maps with a square in between, `(n, 2m)` to `(n, m)`."
 

@@ -6,7 +6,7 @@
 __all__ = ['SIGNS', 'WORDS', 'by_rounds', 'grokking_table', 'draw_grokking', 'draw_circulant', 'draw_measures', 'by_epochs',
            'draw_network', 'Film', 'block_film']
 
-# %% ../../nbs/book/grokking_figures.ipynb #e890a61e
+# %% ../../nbs/book/grokking_figures.ipynb #680764b1
 import base64
 import html
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ with extra("book"):
     import matplotlib.pyplot as plt
     from PIL import Image as Picture
 
-# %% ../../nbs/book/grokking_figures.ipynb #518c9f81
+# %% ../../nbs/book/grokking_figures.ipynb #588da130
 SIGNS = {"+": "$a + b$", "-": "$a - b$", "*": r"$a \cdot b$", "/": "$a / b$"}
 
 
@@ -73,6 +73,10 @@ def draw_grokking(results: pd.DataFrame   # of `grokking_study`, one modulus
     for name, label in (("size", "circulant part"), ("rest", "the rest")):
         part = sums.dropna().assign(what=label)
         curves(part, "round", name, "what", spread="minmax", ax=middle)
+    share, start = results["share"].iloc[0], sums[sums["round"] == 3]["size"].mean()
+    guide = np.arange(3, 10)
+    middle.plot(guide, start * (1 + share) ** (guide - 3), "--", color="0.3", zorder=3,
+                label=f"times {1 + share:g} a round")
     middle.set(yscale="log", ylabel="size in the block of M,\nover the diagonal",
                title="the same, inside $M$")
     for colour, (sign, part) in zip(PALETTE, rows.groupby("name", sort=False)):
@@ -85,7 +89,7 @@ def draw_grokking(results: pd.DataFrame   # of `grokking_study`, one modulus
         ax.legend(loc="lower right")
     return fig
 
-# %% ../../nbs/book/grokking_figures.ipynb #0107f801
+# %% ../../nbs/book/grokking_figures.ipynb #bcecccfb
 def _panels(blocks):
     "Titles and blocks of the eight pictures."
     found = {row["op"]: row for _, row in blocks.iterrows()}
@@ -126,7 +130,7 @@ def draw_circulant(blocks: pd.DataFrame,    # of `blocks_study`
     ax.legend(loc="center right")
     return fig
 
-# %% ../../nbs/book/grokking_figures.ipynb #06eb1652
+# %% ../../nbs/book/grokking_figures.ipynb #fd4d9532
 _MEASURES = {"test": "test accuracy", "alignment": "cosine with its own last block",
              "circulant": "share along diagonals", "size": "size of the circulant part"}
 
@@ -135,7 +139,7 @@ def draw_measures(results: pd.DataFrame   # of `control_study`
                   ):                      # matplotlib Figure
     "Test accuracy and three measures of the block over rounds, a line for each table."
     fig, axes = plt.subplots(1, 4, figsize=(11, 3.4))
-    rows = by_rounds(results, *_MEASURES)
+    rows = by_rounds(results, *_MEASURES).replace({"name": {"+": "addition"}})
     for ax, (name, label) in zip(axes, _MEASURES.items()):
         curves(rows.dropna(), "round", name, "name", spread="minmax", ax=ax)
         ax.set(title=label, ylabel="", ylim=(-0.03, 1.03))
@@ -144,7 +148,7 @@ def draw_measures(results: pd.DataFrame   # of `control_study`
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return fig
 
-# %% ../../nbs/book/grokking_figures.ipynb #59a28cc1
+# %% ../../nbs/book/grokking_figures.ipynb #b8041f0e
 def by_epochs(results: pd.DataFrame   # of `network_study`
               ) -> pd.DataFrame:
     "A row for each epoch that was looked at."
@@ -173,7 +177,7 @@ def draw_network(results: pd.DataFrame   # of `network_study`
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
     return fig
 
-# %% ../../nbs/book/grokking_figures.ipynb #5c451708
+# %% ../../nbs/book/grokking_figures.ipynb #0dd04f91
 @dataclass(frozen=True)
 class Film:
     "Pictures one after another, and a sentence for those who cannot see them."

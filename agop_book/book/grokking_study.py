@@ -6,7 +6,7 @@
 __all__ = ['TABLE_KERNELS', 'latin_square', 'named_table', 'ordered_block', 'correct_share', 'grokking_run', 'grokking_study',
            'control_study', 'share_study', 'foresight_study', 'rounds_to']
 
-# %% ../../nbs/book/grokking_study.ipynb #72bbc443
+# %% ../../nbs/book/grokking_study.ipynb #59a93be9
 import numpy as np
 import pandas as pd
 from scipy.optimize import linear_sum_assignment
@@ -26,7 +26,7 @@ from ..kernels import Gaussian
 from ..matrices import cosine
 from ..solvers import rounds
 
-# %% ../../nbs/book/grokking_study.ipynb #5bba2e29
+# %% ../../nbs/book/grokking_study.ipynb #010b5076
 def latin_square(m: int,     # numbers
                  seed: int   # of the draw
                  ) -> np.ndarray:   # (m, m), classes
@@ -53,7 +53,7 @@ def named_table(name: str,   # an operation, "renamed", "Latin square" or "rando
     first, second, answer = (rng.permutation(p) for _ in range(3))
     return answer[modular_table("+", p)[first][:, second]]
 
-# %% ../../nbs/book/grokking_study.ipynb #17947978
+# %% ../../nbs/book/grokking_study.ipynb #7946e5c8
 TABLE_KERNELS = {"quadratic": Quadratic(), "Gaussian": Gaussian(2.5)}
 
 
@@ -138,7 +138,7 @@ def foresight_study() -> pd.DataFrame:
              "n_iter": pick(quick=22, book=40)} for seed in range(pick(quick=6, book=30))]
     return sweep("grokking", grokking_run, grid, version="1")
 
-# %% ../../nbs/book/grokking_study.ipynb #aea9e182
+# %% ../../nbs/book/grokking_study.ipynb #40f11a34
 def rounds_to(test,          # accuracies, a list over rounds
               level: float   # to reach
               ) -> float:

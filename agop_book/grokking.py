@@ -6,7 +6,7 @@
 __all__ = ['Quadratic', 'quadratic_forms', 'RootSolver', 'circulant_part', 'circulant_share', 'circulant_metric', 'TableTask',
            'addition_order', 'discrete_logarithms', 'modular_table', 'split_table']
 
-# %% ../nbs/17_grokking.ipynb #9ed873a1
+# %% ../nbs/17_grokking.ipynb #149c78a8
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +26,7 @@ from .solvers import CholeskySolver
 
 _all_ = ["TableTask", "addition_order", "discrete_logarithms", "modular_table", "split_table"]
 
-# %% ../nbs/17_grokking.ipynb #fc838ae4
+# %% ../nbs/17_grokking.ipynb #08ed7970
 @dataclass(frozen=True)
 class Quadratic(Kernel):
     "(x^T M z)^2"
@@ -49,7 +49,7 @@ def quadratic_forms(machine      # a `KernelMachine` with the kernel `Quadratic`
     B = torch.stack([x.T @ (a[:, None] * x) for a in machine.coef.T])
     return B if M is None else M @ B @ M
 
-# %% ../nbs/17_grokking.ipynb #496ad6d2
+# %% ../nbs/17_grokking.ipynb #16cdc656
 class RootSolver(CholeskySolver):
     "Kernel ridge regression whose next M is the root of the AGOP, gradients centred."
 
@@ -66,7 +66,7 @@ class RootSolver(CholeskySolver):
         "AGOP^(1/2)."
         return matrix_power(super().next_metric(fit), 0.5, clip=True)
 
-# %% ../nbs/17_grokking.ipynb #0e593b07
+# %% ../nbs/17_grokking.ipynb #77c48d9d
 def circulant_part(block   # (m, m)
                    ) -> np.ndarray:   # (m, m)
     "The nearest circulant matrix: every entry becomes the mean of its wrapped diagonal."
@@ -83,7 +83,7 @@ def circulant_share(block   # (m, m)
     total = (away**2).sum()
     return float((circulant_part(away) ** 2).sum() / total) if total else np.nan
 
-# %% ../nbs/17_grokking.ipynb #28649e9b
+# %% ../nbs/17_grokking.ipynb #847d1d1b
 def circulant_metric(m: int,         # numbers
                      seed: int = 0   # of the circulant
                      ) -> np.ndarray:   # (2m, 2m)

@@ -26,7 +26,7 @@ from .solvers import CholeskySolver
 
 _all_ = ["TableTask", "addition_order", "discrete_logarithms", "modular_table", "split_table"]
 
-# %% ../nbs/17_grokking.ipynb #08ed7970
+# %% ../nbs/17_grokking.ipynb #09b00a41
 @dataclass(frozen=True)
 class Quadratic(Kernel):
     "(x^T M z)^2"
@@ -41,7 +41,7 @@ class Quadratic(Kernel):
         left = 2 * f - (P * points.xM).sum(1)
         return P + torch.where(points.sq > 0, left / points.sq, 0)[:, None] * points.x
 
-
+# %% ../nbs/17_grokking.ipynb #08ed7970
 def quadratic_forms(machine      # a `KernelMachine` with the kernel `Quadratic`
                     ) -> torch.Tensor:   # (c, d, d)
     "S of every output: f(x) = x^T S x, and the gradient is 2 S x."

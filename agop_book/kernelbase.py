@@ -32,8 +32,9 @@ class Kernel(Nested, ABC):
     def tile(self, left: Points, right: Points, slopes: bool = False):
         """Called for every tile: K `(n, m)` between n points and m, and A or None.
 
-        A `(n, m)`, with `slopes`, is such that grad_x k(x, z) = M (A z + b x) for some b;
-        a kernel that is not bilinear has no A, and gives None."""
+        A `(n, m)`, with `slopes`, is such that grad_x k(x, z) = M (A z + b x) for some b; what
+        it says of a point and itself is taken as 0, so `complete` has to bring what is missing.
+        A kernel that is not bilinear has no A, and gives None."""
 
     def complete(self, P, A_coef, f, points: Points):
         """Called once an output, after the last tile: the gradient `(n, d)` before its factor M.

@@ -200,7 +200,7 @@ class KernelRFM(BaseRFM):
         check_is_fitted(self, "machine_")
         rows = self._valid(X)
         x = self._send(rows, np.promote_types(rows.dtype, self.M_.dtype), torch.device("cpu"))
-        root = torch.as_tensor(matrix_power(self.M_, 0.5))
+        root = torch.as_tensor(matrix_power(self.M_, 0.5)).to(x.dtype)
         root = self._structure(x.shape[1]).on_rows(root)
         return to_family(apply_metric(x, root).numpy().astype(rows.dtype, copy=False), X)
 

@@ -14,7 +14,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from .arrays import is_number
 from .design import Identity, design_from_state
-from .devices import device as pick_device
+from .devices import device as pick_device, need_double
 from .estimators import send
 from .explain import explain, feature_importances
 from .folds import check_weights
@@ -83,6 +83,7 @@ class AdaptiveRFM(ManyRowsRFM):
             X, y, sample_weight = few
         elif self._goes_by_sample(X) and not validated:
             self._refuse_a_start(M)
+            need_double(pick_device(self.device), "a fit by sample")
             self._fit_by_sample(X, y, sample_weight, checkpoint)
             return self
         going_on = self._going_on() if M is None else None

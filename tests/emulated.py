@@ -317,7 +317,9 @@ class Generator(torch.Generator):
         return self
 
 
-PLAIN_GENERATOR, LOAD = torch.Generator, torch.load
+PLAIN_GENERATOR = torch.Generator
+LOAD = torch.load
+TO = torch.Tensor.to
 
 
 class Operators(TorchDispatchMode):
@@ -343,14 +345,23 @@ class Functions(TorchFunctionMode):
 
     def answer(self, func, args, kwargs):
         first = args[0] if args else None
-        if func is torch.Tensor.to and len(args) > 1 and is_on(args[1]) and not is_on(first):
-            return func(first, args[1].device, args[1].dtype, *args[2:], **kwargs)
+        if func is torch.Tensor.to and not is_on(first): return sent(first, args[1:], kwargs)
         if func is torch.Tensor.type_as and is_on(args[1]): return first.to(args[1])
-        if func in (torch.Tensor.cuda,) and not is_on(first): return first.to(STATE.kind)
-        if func in MAKERS and there(kwargs.get("device")):
-            kwargs.pop("device")
-            return func(*args, **kwargs).to(STATE.kind)
+        if func is torch.Tensor.cuda and not is_on(first): return sent(first, (STATE.kind,), {})
+        if there(kwargs.get("device")):
+            kwargs["device"] = torch.device(STATE.kind, 0)    # a number, or torch asks a driver
+            if func in MAKERS:
+                return sent(func(*args, **{**kwargs, "device": None}), (STATE.kind,), {})
         return func(*args, **kwargs)
+
+
+def sent(t, args, options):
+    "`t.to(...)` of a tensor on the CPU."
+    target, dtype = destination(args, options)
+    copy = options.get("copy", False)
+    if target is None: return TO(t, dtype, copy=copy)
+    target = torch.device(STATE.kind, 0) if there(target) else target
+    return TO(t, target, dtype or t.dtype, copy=copy)
 
 
 class Event:

@@ -89,8 +89,7 @@ class AdaptiveRFM(ManyRowsRFM):
         going_on = self._going_on() if M is None else None
         X, y = self._check_fit(X, y)
         X, y, weights, each = self._weighed(X, y, sample_weight)
-        weighted = weights is not None or each is not None
-        if self.chooses(validated, weighted):
+        if self.chooses(validated, weights is not None or each is not None):
             self._refuse_a_start(M)
             self._choose(X, y, X_val, y_val, weights, each)
         else:

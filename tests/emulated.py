@@ -392,38 +392,55 @@ def load(*args, map_location=None, **options):
         STATE.to_cpu = False
 
 
+def nothing(*args, **options):
+    "What a driver answers to an order."
+
+
+def constant(value):
+    return lambda *args, **options: value
+
+
+QUIET = ("synchronize", "empty_cache", "_lazy_init", "init", "set_device", "ipc_collect",
+         "reset_peak_memory_stats", "reset_accumulated_memory_stats", "seed_all")
+ANSWERS = {
+    "device_count": 1, "current_device": 0, "is_initialized": True, "is_available": True,
+    "memory_allocated": 0, "memory_reserved": 0, "max_memory_allocated": 0,
+    "max_memory_reserved": 0, "mem_get_info": (8 * GIB, 16 * GIB), "get_device_name": "emulated",
+    "get_device_capability": (8, 0), "is_bf16_supported": True,
+    "get_device_properties": SimpleNamespace(
+        name="emulated", major=8, minor=0, multi_processor_count=108, total_memory=16 * GIB,
+        L2_cache_size=2**22),
+}
+MPS_ANSWERS = {"device_count": 1, "current_allocated_memory": 0, "driver_allocated_memory": 0,
+               "recommended_max_memory": 8 * GIB}
+
+
+def own_generator():
+    "The functions of `torch.cuda` or `torch.mps` about the device's own random numbers."
+    def set_rng_state(state, *device):
+        STATE.random.set_state(state)
+
+    def get_rng_state(*device):
+        return STATE.random.get_state()
+
+    seeded = STATE.random.manual_seed
+    return {"manual_seed": seeded, "manual_seed_all": seeded, "get_rng_state": get_rng_state,
+            "set_rng_state": set_rng_state, "initial_seed": STATE.random.initial_seed,
+            "seed": STATE.random.seed}
+
+
 def driver():
     "What can be asked of a driver: pairs of a module of torch, and its answers by name."
-    def nothing(*args, **options):
-        return None
-
-    def constant(value):
-        return lambda *args, **options: value
-
-    about = SimpleNamespace(name="emulated", major=8, minor=0, multi_processor_count=108,
-                            total_memory=16 * GIB, L2_cache_size=2**22)
-    random = {
-        "manual_seed": STATE.random.manual_seed, "manual_seed_all": STATE.random.manual_seed,
-        "get_rng_state": lambda *device: STATE.random.get_state(),
-        "set_rng_state": lambda state, *device: STATE.random.set_state(state) and None,
-        "initial_seed": STATE.random.initial_seed, "seed": STATE.random.seed,
-    }
-    quiet = ("synchronize", "empty_cache", "_lazy_init", "init", "set_device", "ipc_collect",
-             "reset_peak_memory_stats", "reset_accumulated_memory_stats", "seed_all")
-    numbers = {"device_count": 1, "current_device": 0, "memory_allocated": 0, "memory_reserved": 0,
-               "max_memory_allocated": 0, "max_memory_reserved": 0, "is_initialized": True,
-               "mem_get_info": (8 * GIB, 16 * GIB), "get_device_name": "emulated",
-               "get_device_properties": about, "get_device_capability": (8, 0),
-               "is_bf16_supported": True, "is_available": True}
-    cuda = {**random, **dict.fromkeys(quiet, nothing), "Event": Event,
-            **{name: constant(value) for name, value in numbers.items()}}
+    random = own_generator()
+    if STATE.kind == "cuda":
+        constants = {name: constant(value) for name, value in ANSWERS.items()}
+        return [(torch.cuda, {**random, **dict.fromkeys(QUIET, nothing), **constants,
+                              "Event": Event})]
     mps = {name: random[name] for name in ("manual_seed", "get_rng_state", "set_rng_state", "seed")}
-    mps |= {"synchronize": nothing, "empty_cache": nothing, "device_count": constant(1),
-            "current_allocated_memory": constant(0), "driver_allocated_memory": constant(0),
-            "recommended_max_memory": constant(8 * GIB)}
-    if STATE.kind == "cuda": return [(torch.cuda, cuda)]
-    available = {"is_available": constant(True), "is_built": constant(True)}
-    return [(torch.mps, mps), (torch.backends.mps, available)]
+    mps |= {name: constant(value) for name, value in MPS_ANSWERS.items()}
+    mps |= {"synchronize": nothing, "empty_cache": nothing}
+    there = dict.fromkeys(("is_available", "is_built"), constant(True))
+    return [(torch.mps, mps), (torch.backends.mps, there)]
 
 
 def has_memory(t):

@@ -37,7 +37,7 @@ def test_scale_and_pick(monkeypatch):
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cpu:0", "mps", "CUDA"])
 def test_unknown_device(name):
-    with pytest.raises(ValueError, match="auto, cpu, cuda or cuda:N"):
+    with pytest.raises(ValueError, match="auto, cpu, cuda, cuda:N or mps"):
         device(name)
 
 

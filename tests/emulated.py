@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -63,6 +64,9 @@ class OnDevice(torch.Tensor):
 
     def __repr__(self, **options):
         return f"OnDevice({self.inner!r})"
+
+    def __format__(self, spec):
+        return format(self.item(), spec) if self.dim() == 0 else super().__format__(spec)
 
     def __reduce_ex__(self, protocol):
         return restored, (self.inner, self.requires_grad, isinstance(self, torch.nn.Parameter))
@@ -346,6 +350,8 @@ class Functions(TorchFunctionMode):
     def answer(self, func, args, kwargs):
         first = args[0] if args else None
         if func is torch.Tensor.to and not is_on(first): return sent(first, args[1:], kwargs)
+        if func is F.one_hot and is_on(first):     # which makes numbers where C++ says it is
+            return OnDevice(func(first.inner, *args[1:], **kwargs))
         if func is torch.Tensor.type_as and is_on(args[1]): return first.to(args[1])
         if func is torch.Tensor.cuda and not is_on(first): return sent(first, (STATE.kind,), {})
         if there(kwargs.get("device")):

@@ -166,10 +166,16 @@ def is_on(t):
     return isinstance(t, OnDevice)
 
 
+def is_gradient_of_index(name):
+    "Whether torch pulls back x[i]: its zeros are where C++ believes x to be, on the CPU."
+    return name == "index_put" and torch._C._current_graph_task_id() != -1
+
+
 def check_places(name, args, tensors):
     "RuntimeError where tensors with dimensions are on two devices, and that is no move."
     on = [tuple(t.shape) for t in tensors if is_on(t)]
     off = [tuple(t.shape) for t in tensors if not is_on(t) and t.dim() > 0]
+    if is_gradient_of_index(name): return
     if name.lstrip("_").startswith("index"):
         values = args[2:3] if "put" in name else ()
         here = is_on(args[0])
@@ -185,6 +191,7 @@ def check_places(name, args, tensors):
 def ends_up(name, args, asked, tensors):
     "Whether the result is on the device."
     if asked is not None and name != "copy_": return there(asked)
+    if is_gradient_of_index(name): return any(map(is_on, tensors))
     if name == "copy_" or name.lstrip("_").startswith("index"): return is_on(args[0])
     return any(map(is_on, tensors))
 

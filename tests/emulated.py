@@ -359,6 +359,10 @@ class Functions(TorchFunctionMode):
         if func is torch.Tensor.to and not is_on(first): return sent(first, args[1:], kwargs)
         if func is F.one_hot and is_on(first):     # which makes numbers where C++ says it is
             return OnDevice(func(first.inner, *args[1:], **kwargs))
+        if func is F.scaled_dot_product_attention and is_on(first) and kwargs.get("is_causal"):
+            shape = first.shape[-2], args[1].shape[-2] if len(args) > 1 else kwargs["key"].shape[-2]
+            seen = torch.ones(shape, dtype=torch.bool, device=first.device).tril()
+            kwargs |= {"is_causal": False, "attn_mask": seen}       # C++ makes it on the CPU
         if func is torch.Tensor.type_as and is_on(args[1]): return first.to(args[1])
         if func is torch.Tensor.cuda and not is_on(first): return sent(first, (STATE.kind,), {})
         if there(kwargs.get("device")):

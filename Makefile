@@ -13,11 +13,11 @@ NB ?= $(filter-out nbs/index.ipynb,$(BOOK)) nbs/index.ipynb
 CANDIDATES := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11 python3.10 python)
 
 .DEFAULT_GOAL := help
-.PHONY: help book test site export outputs clean
+.PHONY: help book test test-device site export outputs clean
 .NOTPARALLEL:
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r target text; do printf '  make %-9s %s\n' "$$target" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r target text; do printf '  make %-11s %s\n' "$$target" "$$text"; done
 
 # A failed installation leaves no stamp, so the next call tries again.
 $(STAMP): settings.ini setup.py
@@ -43,6 +43,9 @@ book: $(STAMP)  ## run every lesson, make every figure, the report page and the 
 
 test: $(STAMP)  ## style, fresh exports, every notebook alone, pytest, the site with warnings as errors
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -ra -n 2 --dist worksteal --durations=5 tests $(ARGS)
+
+test-device: $(STAMP)  ## every notebook and family of networks on an emulated GPU (a quarter of an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -ra -n 2 --dist worksteal tests/device_all.py $(ARGS)
 
 site: $(STAMP)  ## the offline site, in _site/
 	@$(BIN)/python docs/build.py

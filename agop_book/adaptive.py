@@ -14,7 +14,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from .arrays import is_number
 from .design import Identity, design_from_state
-from .devices import device as pick_device
+from .devices import device as pick_device, need_double
 from .estimators import send
 from .explain import explain, feature_importances
 from .folds import check_weights
@@ -83,13 +83,13 @@ class AdaptiveRFM(ManyRowsRFM):
             X, y, sample_weight = few
         elif self._goes_by_sample(X) and not validated:
             self._refuse_a_start(M)
+            need_double(pick_device(self.device), "a fit by sample")
             self._fit_by_sample(X, y, sample_weight, checkpoint)
             return self
         going_on = self._going_on() if M is None else None
         X, y = self._check_fit(X, y)
         X, y, weights, each = self._weighed(X, y, sample_weight)
-        weighted = weights is not None or each is not None
-        if self.chooses(validated, weighted):
+        if self.chooses(validated, weights is not None or each is not None):
             self._refuse_a_start(M)
             self._choose(X, y, X_val, y_val, weights, each)
         else:

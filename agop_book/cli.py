@@ -92,7 +92,7 @@ def _add_run_options(run):
     run.add_argument("--scale", metavar="quick|book|paper",
                      help="how large (default: AGOP_BOOK_SCALE, else quick)")
     run.add_argument("--device",
-                     help="auto, cpu, cuda or cuda:N (default: AGOP_BOOK_DEVICE, else auto)")
+                     help="auto, cpu, cuda, cuda:N or mps (default: AGOP_BOOK_DEVICE, else auto)")
     run.add_argument("--force", action="store_true", help="compute finished figures again")
     _add_out(run)
 

@@ -24,7 +24,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from tqdm import tqdm
 
 from .arrays import as_real, to_family
-from .devices import device as pick_device
+from .devices import device as pick_device, is_single
 from .matrices import cosine
 from .memory import free_memory
 from .modelfiles import Saved
@@ -247,7 +247,7 @@ def send(a,        # an array
          ) -> torch.Tensor:
     "A copy of an array as a tensor on a device."
     there = torch.from_numpy(np.array(a, dtype, order="C"))
-    return there.to(device, torch.float32 if device.type == "cuda" else None)
+    return there.to(device, torch.float32) if is_single(device) else there.to(device)
 
 
 def _like_targets(y_val, y):

@@ -17,6 +17,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from .arrays import check_count, to_family
+from .devices import need_double
 from .matrices import top_directions
 from .memory import plan
 from .points import TILE, blocks
@@ -41,6 +42,12 @@ def _check(model):
     if not hasattr(model.machine_, "gradients"):
         raise TypeError(f"the machine of this {kind} has no gradient in closed form; use "
                         "sklearn.inspection.permutation_importance.")
+
+
+def _check_double(model, what):
+    "`_check`, and ValueError where the machine's device lacks the precision."
+    _check(model)
+    need_double(model.machine_.centers.device, what)
 
 
 def _tensor(model, values):
@@ -125,7 +132,7 @@ def feature_importances(model    # a fitted RFM
 
     Mean squared first-order effects: the diagonal of the AGOP over the centres times the spread,
     over a feature's columns with their covariances. Outputs add up. Raises NotFittedError."""
-    _check(model)
+    _check_double(model, "feature_importances")
     groups, several = _groups(model), _several(model)
     spread = _tensor(model, model.spread_)
     total = torch.zeros(model.n_features_in_, dtype=torch.float64, device=spread.device)
@@ -186,7 +193,7 @@ def directions(model,        # a fitted RFM
 
     Their largest entry is positive. Raises ValueError where there are fewer than `k` columns,
     MemoryError where the matrix does not fit, NotFittedError."""
-    _check(model)
+    _check_double(model, "the AGOP over the centres")
     G = _agop(model)
     vectors, values = top_directions(G, k, values=True)
     trace = float(G.diagonal().sum())

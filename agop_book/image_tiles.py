@@ -19,7 +19,7 @@ from .relu_layers import PLAIN, compiled_layers
 
 # %% ../nbs/workshop/image_tiles.ipynb #7d73f6ff
 # rows, and columns times positions, of a tile: what fits in cache against the number of calls
-_TILE = {"cpu": (16, 2**16), "cuda": (64, 2**20)}
+_TILE = {"cpu": (16, 2**16), "cuda": (64, 2**20), "mps": (64, 2**20)}
 # bytes of prepared images: memory against preparing them again
 _PREPARED = 2**28
 # pairs times positions times layers from which compiling, some 10 s, pays

@@ -18,6 +18,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from .arrays import to_family
 from .cntk import CNTK, patch_agop
+from .devices import is_single, need_double
 from .estimators import BaseRFM
 from .image_data import image_rows, seen_through
 from .kernelrfm import RULES as ROW_RULES
@@ -158,7 +159,8 @@ class ImageRFM(BaseRFM):
 
     def _plan(self, X, c, device, n_val):
         c = c * len(self._regs())
-        itemsize = 4 if device.type == "cuda" else X.itemsize
+        need_double(device, f"the matrix on patches of {type(self).__name__}")
+        itemsize = 4 if is_single(device) else X.itemsize
         plan_pairs(len(X), n_val, X.shape[1], c, itemsize, self._limit(device))
 
     # --- the problem

@@ -12,6 +12,7 @@ import torch
 
 from .matrices import matrix_power
 from .arrays import as_tensor
+from .devices import need_double
 from .metrics import check_metric
 
 # %% ../nbs/workshop/images.ipynb #e3eaba46
@@ -152,6 +153,7 @@ def check_pair(kernel,     # the kernel that compares them
 
 def _root(M, X, q):
     "The root `(q, q)` or `(q,)` of the matrix on patches, in float64, where the images are."
+    need_double(X.device, "a matrix on patches")
     M = as_tensor(M, "M", None)
     M = check_metric(M, q, M.to(X.device))                  # as exact as its own dtype
     return matrix_power(M.double(), 0.5, clip=True)

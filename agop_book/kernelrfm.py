@@ -15,6 +15,7 @@ from sklearn.base import RegressorMixin
 from sklearn.utils.validation import check_is_fitted
 
 from .arrays import to_family
+from .devices import is_single, need_double
 from .directions import ProjectedMachine
 from .estimators import BaseRFM
 from .iterative import Nystrom, solver_of
@@ -122,7 +123,7 @@ class KernelRFM(BaseRFM):
     def _plan(self, X, c, device, n_val):
         n, d = len(X), self._columns(X)
         self._check_structure(d)
-        itemsize = 4 if device.type == "cuda" else X.itemsize
+        itemsize = 4 if is_single(device) else X.itemsize
         self._solver_for(n, d, c * len(self._regs()), itemsize, device, self._structure(d),
                          self.n_iter)
 
@@ -136,6 +137,8 @@ class KernelRFM(BaseRFM):
             if self.solver != "auto" or isinstance(made, Nystrom): raise
             made = solver_of("auto", n, fits=False)
             made.plan(*sizes)
+        if isinstance(made, Nystrom):
+            need_double(device, "the iterative solver")
         return made
 
     def _columns(self, X):
@@ -200,7 +203,7 @@ class KernelRFM(BaseRFM):
         check_is_fitted(self, "machine_")
         rows = self._valid(X)
         x = self._send(rows, np.promote_types(rows.dtype, self.M_.dtype), torch.device("cpu"))
-        root = torch.as_tensor(matrix_power(self.M_, 0.5))
+        root = torch.as_tensor(matrix_power(self.M_, 0.5)).to(x.dtype)
         root = self._structure(x.shape[1]).on_rows(root)
         return to_family(apply_metric(x, root).numpy().astype(rows.dtype, copy=False), X)
 

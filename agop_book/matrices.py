@@ -42,7 +42,8 @@ def _entries(A, name):
         A = frame_values(A, name)
     if isinstance(A, pd.Series):
         A = A.to_numpy()
-    return as_tensor(A, name, None).detach().double()
+    t = as_tensor(A, name, None).detach()
+    return (t.cpu() if t.device.type == "mps" else t).double()     # where double precision is
 
 
 def _symmetric(A):

@@ -19,6 +19,9 @@ def free_memory(
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":     # the machine's own memory, of which the GPU may have a part
+        left = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+        return max(0, min(left, psutil.virtual_memory().available))
     return max(0, min([psutil.virtual_memory().available, *group_room()]))
 
 

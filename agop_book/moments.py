@@ -10,6 +10,7 @@ import math
 
 import torch
 
+from .devices import need_double
 from .processes import all_sum
 
 # %% ../nbs/workshop/moments.ipynb #01cca404
@@ -35,6 +36,7 @@ class Moments:
 
     def open(self, device="cpu"):
         "Allocate the sums; the caller has planned `nbytes`."
+        need_double(torch.device(device), "the sum of outer products")
         self.sums = torch.zeros(self.shape, dtype=torch.float64, device=device)
         return self
 

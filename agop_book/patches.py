@@ -59,5 +59,5 @@ def most_like(patches: torch.Tensor,       # (k, c, size, size)
     "The filter that each patch is most like, whatever the sign."
     filters = filters or edge_filters(*patches.shape[1:3])
     bank = torch.stack(list(filters.values())).flatten(1)
-    best = (F.normalize(patches.double().flatten(1), dim=1) @ bank.T).abs().max(1)
+    best = (F.normalize(patches.cpu().double().flatten(1), dim=1) @ bank.T).abs().max(1)
     return [(list(filters)[i], float(value)) for value, i in zip(best.values, best.indices)]

@@ -39,7 +39,8 @@ class RFMRegressor(Regression, AdaptiveRFM):
     memory_limit : bytes that may be used; None: what is free.
     verbose : show a progress bar.
     random_state : seed of folds, parts and splits.
-    device : "auto", "cpu", "cuda", "cuda:1". Numbers are float32 on a GPU, on the CPU those of X.
+    device : "auto", "cpu", "cuda", "cuda:1", "mps" (dense solver only). Numbers are float32 on a
+        GPU, on the CPU those of X.
     metric : what is kept of the AGOP. "auto" ["full"]; "full"; "diag", one weight per feature
         (cheaper in high dimension), with a block for each column of categories where bandwidth is
         "auto"; a list of these. For rows that are maps, channels x positions, "shared", one matrix

@@ -18,7 +18,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from .arrays import as_real, to_family
-from .devices import device as pick_device
+from .devices import device as pick_device, is_single
 from .files import check_writable, load_arrays, save_arrays
 from .imagerfm import IMAGE_SHAPE
 from .image_data import image_rows
@@ -45,7 +45,7 @@ _RULES = {
                          none=True),
     "cache": Rule(_is_folder, "None or a folder"),
 }
-_CELLS = {"cpu": 2**13, "cuda": 2**22}   # pixels of a batch: what the fastest memory holds
+_CELLS = {"cpu": 2**13, "cuda": 2**22, "mps": 2**20}   # pixels of a batch: what the fastest memory holds
 
 
 class Scattering(TransformerMixin, BaseEstimator):
@@ -65,7 +65,7 @@ class Scattering(TransformerMixin, BaseEstimator):
     cache : folder in which results are kept, one safetensors file with a checksum per set of
         images; None: nothing is kept. A file that is damaged, or of other images, is computed
         again with a warning.
-    device : "auto", "cpu", "cuda", "cuda:1".
+    device : "auto", "cpu", "cuda", "cuda:1", "mps".
 
     Attributes
     ----------
@@ -111,7 +111,7 @@ class Scattering(TransformerMixin, BaseEstimator):
 
     def _check_range(self, rows, device):
         "ValueError where sums over all pixels of an image would overflow."
-        single = device.type == "cuda" or rows.dtype == np.float32
+        single = is_single(device) or rows.dtype == np.float32
         peak = float(np.abs(rows).max())
         limit = np.finfo(np.float32 if single else np.float64).max
         if peak > limit / (16 * self._padded()):
@@ -166,7 +166,7 @@ class Scattering(TransformerMixin, BaseEstimator):
         check_is_fitted(self)
         device, rows = pick_device(self.device), self._rows(X)
         self._plan(len(rows), rows.itemsize)
-        dtype = "float32" if device.type == "cuda" else str(rows.dtype)
+        dtype = "float32" if is_single(device) else str(rows.dtype)
         about = {"key": self._key(rows), "shape": [len(rows), self._n_features_out],
                  "dtype": dtype}
         file = self.cache and Path(self.cache) / f"{about['key']}.safetensors"
@@ -183,7 +183,7 @@ class Scattering(TransformerMixin, BaseEstimator):
     def _compute(self, rows, device):
         "Coefficients of checked rows."
         images = torch.from_numpy(np.array(rows)).unflatten(1, self.image_shape_).flatten(0, 1)
-        if device.type == "cuda":
+        if is_single(device):
             images = images.float()
         parts = [scatter(part.to(device), *self._wavelets).cpu()
                  for part in images.split(self._batch(device.type))]

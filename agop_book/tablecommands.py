@@ -44,7 +44,7 @@ def _add_fit_options(fit):
                      help="features that are categories, such as columns of words")
     fit.add_argument("--memory-limit", metavar="SIZE", help="such as 4GB (default: what is free)")
     fit.add_argument("--seed", type=int, default=0, help="of all that is random (default: 0)")
-    fit.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: AGOP_BOOK_DEVICE, "
+    fit.add_argument("--device", help="auto, cpu, cuda, cuda:N or mps (default: AGOP_BOOK_DEVICE, "
                                       "else auto)")
     fit.add_argument("--checkpoint", metavar="FILE",
                      help="keep finished rounds here, and go on from them")

@@ -35,9 +35,9 @@ def test_scale_and_pick(monkeypatch):
         run.scale()
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cpu:0", "mps", "CUDA"])
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cpu:0", "mps:1", "CUDA"])
 def test_unknown_device(name):
-    with pytest.raises(ValueError, match="auto, cpu, cuda or cuda:N"):
+    with pytest.raises(ValueError, match="auto, cpu, cuda, cuda:N or mps"):
         device(name)
 
 

@@ -57,6 +57,8 @@ def draw_head(views: dict,   # names to matrices `(d, d)`, the NFM first
               ):             # matplotlib Figure
     "Matrices in one basis and on one scale, and their entries in the stream against the NFM's."
     fig, axes = plt.subplots(2, 3, figsize=(9, 6), layout="constrained")
+    views = {name: M.cpu() for name, M in views.items()}
+    basis = basis.cpu()
     small = {name: basis @ M @ basis.T / M.norm() for name, M in views.items()}
     for ax, (name, M) in zip(axes[0], small.items()):
         picture = ax.imshow(M, cmap="RdBu_r", vmin=-_LIMIT, vmax=_LIMIT)

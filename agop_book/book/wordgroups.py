@@ -48,7 +48,7 @@ def along_the_words(
     reads = value_inputs(heads.model, words["id"].to_numpy()).double()
     for d in heads.directions(k):
         u = reads[d.layer - 1]
-        v = (u - u.mean(0)).T @ torch.from_numpy(rng.randn(len(words)))
+        v = (u - u.mean(0)).T @ torch.from_numpy(rng.randn(len(words))).to(u)
         found.append(
             replace(d, vector=v / v.norm(), share=np.nan, kind="embedding")
         )

@@ -16,7 +16,12 @@ import torch
 from .arrays import as_tensor, is_count
 from .memory import plan
 from .moments import Moments
-from .processes import all_max, all_or_none, all_sum, is_distributed
+from agop_book.processes import (
+    all_max,
+    all_or_none,
+    all_sum,
+    is_distributed,
+)
 
 # %% ../nbs/workshop/accumulator.ipynb #3d80bd31
 # squares of smaller numbers are below the normal range of float64

@@ -21,7 +21,13 @@ from .folds import check_weights
 from .frames import FrameEncoder
 from .kernelrfm import RULES
 from .manyrows import ManyRowsRFM
-from .parameters import Rule, all_or_nothing, check_parameters, flag, or_auto
+from agop_book.parameters import (
+    Rule,
+    all_or_nothing,
+    check_parameters,
+    flag,
+    or_auto,
+)
 from .probabilities import Calibration
 from .rowchecks import Rows
 from .rowstream import rows_of

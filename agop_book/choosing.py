@@ -17,7 +17,12 @@ from sklearn.base import ClassifierMixin
 from sklearn.utils import check_random_state
 from tqdm import tqdm
 
-from .choices import FULL_AT_MOST, TableSearch, DistanceWay, ways
+from agop_book.choices import (
+    FULL_AT_MOST,
+    TableSearch,
+    DistanceWay,
+    ways,
+)
 from .columns import whole_codes
 from .crossfit import RIDGES, adapted, unit_metric
 from .design import Design, Identity

@@ -14,7 +14,12 @@ import numpy as np
 import torch
 
 from .arrays import is_number
-from .streams import check_tokens, gpt2_body, text_reads, value_inputs
+from agop_book.streams import (
+    check_tokens,
+    gpt2_body,
+    text_reads,
+    value_inputs,
+)
 
 # %% ../nbs/workshop/coloured.ipynb #50a0f508
 _ABOVE, _BELOW = (213, 94, 0), (0, 114, 178)    # red, green and blue of 255

@@ -10,7 +10,13 @@ import warnings
 
 import numpy as np
 
-from .columns import Category, Holes, Numbers, whole_codes, with_weight
+from agop_book.columns import (
+    Category,
+    Holes,
+    Numbers,
+    whole_codes,
+    with_weight,
+)
 from .scales import Score, bounded
 
 # %% ../nbs/workshop/design.ipynb #c8048df9

@@ -45,7 +45,7 @@ _RULES = {
                          none=True),
     "cache": Rule(_is_folder, "None or a folder"),
 }
-_CELLS = {"cpu": 2**13, "cuda": 2**22, "mps": 2**20}   # pixels of a batch: what the fastest memory holds
+_CELLS = {"cpu": 2**13, "cuda": 2**22, "mps": 2**20}   # pixels of a batch
 
 
 class Scattering(TransformerMixin, BaseEstimator):

@@ -14,7 +14,12 @@ from .load import load
 from .run import pick
 from .sweep import sweep
 from ..convrfm import ConvRFMClassifier
-from ..image_tasks import bars, hidden_row, noisy_frames, stars
+from agop_book.image_tasks import (
+    bars,
+    hidden_row,
+    noisy_frames,
+    stars,
+)
 
 # %% ../../nbs/book/conv_studies.ipynb #7b109d2a
 def star_run(draw: str,    # "balanced" or "coin"

@@ -19,7 +19,12 @@ from skorch.callbacks import LRScheduler
 from torch import nn
 
 from ..arrays import check_count
-from .data import DataNotFound, cache_dir, data_roots, load
+from agop_book.book.data import (
+    DataNotFound,
+    cache_dir,
+    data_roots,
+    load,
+)
 from .run import pick
 from .train import seeded, trained
 from ..devices import device

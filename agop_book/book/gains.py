@@ -14,7 +14,12 @@ import pandas as pd
 
 from .benchmark import benchmark
 from .data import load
-from .kept import PLACES, compare_arms, stored_study, study
+from agop_book.book.kept import (
+    PLACES,
+    compare_arms,
+    stored_study,
+    study,
+)
 from .learners import MODELS, TUNED
 from .protocols import PROTOCOLS
 from .results import stored_results

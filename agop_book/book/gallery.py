@@ -6,7 +6,12 @@
 __all__ = ['in_order', 'heading', 'gallery']
 
 # %% ../../nbs/book/gallery.ipynb #08781be5
-from .captions import caption, numbers_table, plain_text, safe_markdown
+from agop_book.book.captions import (
+    caption,
+    numbers_table,
+    plain_text,
+    safe_markdown,
+)
 from .chapters import chapters
 from .pictures import thumbnail
 from .records import records

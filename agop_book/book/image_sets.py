@@ -10,7 +10,12 @@ import string
 from functools import partial
 
 from .archives import imagenet32, npz, svhn
-from .images import Torchvision, check_pcam, class_folders, photographs
+from agop_book.book.images import (
+    Torchvision,
+    check_pcam,
+    class_folders,
+    photographs,
+)
 from .readers import EMNIST, emnist, idx
 from .samples import Row
 

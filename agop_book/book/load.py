@@ -18,7 +18,12 @@ from .images import check_room_for_images, square
 from .readers import check_labels, check_room
 from .samples import Dataset, Request, SubsetError, draw
 from .sets import SETS
-from .sources import DataNotFound, Place, describe_roots, fetch_to_cache
+from agop_book.book.sources import (
+    DataNotFound,
+    Place,
+    describe_roots,
+    fetch_to_cache,
+)
 from ..files import UnreadableData
 from ..terminal import did_you_mean
 

@@ -17,7 +17,12 @@ from .peers import LEARNERS, REFERENCES, TUNED
 from .run import notebooks
 from .standings import standings
 from .sweep import sweep
-from .trials import cross_validate, measure, practice_tasks, read_task
+from agop_book.book.trials import (
+    cross_validate,
+    measure,
+    practice_tasks,
+    read_task,
+)
 from ..files import UnreadableData, check_writable, write_atomic
 from ..terminal import did_you_mean, steady_output
 

@@ -14,7 +14,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from .chapters import chapters, figure_state, is_finished, read_stamp
+from agop_book.book.chapters import (
+    chapters,
+    figure_state,
+    is_finished,
+    read_stamp,
+)
 from .execute import Settings, remove_stale, run_chapter
 from .records import read_record, records
 from .report import write_report

@@ -10,12 +10,27 @@ import platform
 from functools import partial
 
 from .image_sets import IMAGE_SETS
-from .pmlb import PMLB_FILES, PMLB_FOLDERS, pmlb_table, pmlb_tables
+from agop_book.book.pmlb import (
+    PMLB_FILES,
+    PMLB_FOLDERS,
+    pmlb_table,
+    pmlb_tables,
+)
 from .readers import bundled, digits, sample_photos
 from .samples import Row
 from .sources import Url
-from .texts import documents, help_topics, surnames, syllables
-from .uci import TASK_FILES, TASK_FOLDERS, task_table, tasks
+from agop_book.book.texts import (
+    documents,
+    help_topics,
+    surnames,
+    syllables,
+)
+from agop_book.book.uci import (
+    TASK_FILES,
+    TASK_FOLDERS,
+    task_table,
+    tasks,
+)
 
 # %% ../../nbs/book/sets.ipynb #e2ce113e
 SETS: dict[str, Row] = {}

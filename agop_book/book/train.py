@@ -27,7 +27,13 @@ from skorch.history import History
 from torch import nn
 
 from ..arrays import check_count
-from .configurations import alike, configuration, plain, sketch, sketch_samples
+from agop_book.book.configurations import (
+    alike,
+    configuration,
+    plain,
+    sketch,
+    sketch_samples,
+)
 from .run import out_dir, progress, scale
 from .weights import find_weights, write_weights
 from ..files import check_writable, load_arrays, save_arrays

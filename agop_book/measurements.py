@@ -6,14 +6,14 @@
 __all__ = ['finite_array', 'check_power', 'smoothing', 'check_ridge', 'check_sides', 'check_independent', 'check_mask',
            'Equations', 'Entries']
 
-# %% ../nbs/workshop/measurements.ipynb #e14cfda9
+# %% ../nbs/workshop/measurements.ipynb #47debc78
 from dataclasses import dataclass
 
 import numpy as np
 
 from .arrays import as_real, check_count, is_number
 
-# %% ../nbs/workshop/measurements.ipynb #5857aca5
+# %% ../nbs/workshop/measurements.ipynb #4e5520d4
 def finite_array(value,               # array-like of real numbers
                  name: str,           # what to call it in an error
                  least: int,          # dimensions that it must have; more of them lead
@@ -38,7 +38,7 @@ def check_power(power   # of the AGOP
     raise ValueError(f"power={power!r} must be a number with 0 < power <= 1: at 0 every round is "
                      "the first, and above 1 the norm has a negative exponent; take 1/2 or 1.")
 
-# %% ../nbs/workshop/measurements.ipynb #486c50bd
+# %% ../nbs/workshop/measurements.ipynb #0c6d86c4
 def smoothing(eps,           # a number, or (first, last)
               n_iter: int    # rounds after round 0
               ) -> np.ndarray:
@@ -54,7 +54,7 @@ def smoothing(eps,           # a number, or (first, last)
     raise ValueError(f"eps={eps!r} must be a positive number, or (first, last) with first >= last "
                      "> 0: without it a weight that is zero once stays zero; take (1, 1e-10).")
 
-# %% ../nbs/workshop/measurements.ipynb #5aad305d
+# %% ../nbs/workshop/measurements.ipynb #1a89e341
 def check_ridge(reg   # of every solve
                 ) -> float:
     "A number from 0 on; else ValueError."
@@ -90,7 +90,7 @@ def check_independent(X: np.ndarray,   # (..., m, unknowns)
         raise ValueError(f"the {m} equations of {name} are not independent (condition number of "
                          "their Gram matrix above 1e12); drop repeated ones, or pass reg > 0.")
 
-# %% ../nbs/workshop/measurements.ipynb #2aa74b74
+# %% ../nbs/workshop/measurements.ipynb #fc877fbb
 def check_mask(mask,               # boolean, or zeros and ones
                shape: tuple        # of the matrix, which may have leading dimensions
                ) -> np.ndarray:
@@ -110,7 +110,7 @@ def check_mask(mask,               # boolean, or zeros and ones
                              "observe an entry of it.")
     return seen
 
-# %% ../nbs/workshop/measurements.ipynb #cea2ebea
+# %% ../nbs/workshop/measurements.ipynb #890792e3
 @dataclass(eq=False)
 class Equations:
     "Linear equations about a vector or a matrix; many problems may stand side by side."
@@ -142,8 +142,9 @@ class Entries:
 
     def __post_init__(self):
         self.reg = check_ridge(self.reg)
-        self.mask = check_mask(self.mask, np.shape(self.Y))
-        self.Y = finite_array(np.where(self.mask, self.Y, 0.0), "Y", 2, "(..., c, d)")
+        Y = np.asarray(as_real(self.Y, "Y"))
+        self.mask = check_mask(self.mask, Y.shape)
+        self.Y = finite_array(np.where(self.mask, Y, 0), "Y", 2, "(..., c, d)")
         self.shape = self.Y.shape
         flat = self.Y.reshape(*self.shape[:-2], -1)
         check_sides(flat, flat.shape, "Y")

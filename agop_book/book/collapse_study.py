@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLLAPSE_KINDS', 'within_between', 'simplex_distance', 'collapse_run', 'collapse_study', 'collapse_table']
 
-# %% ../../nbs/book/collapse_study.ipynb #62de927d
+# %% ../../nbs/book/collapse_study.ipynb #2f469c35
 import numpy as np
 import pandas as pd
 import torch
@@ -17,7 +17,7 @@ from ..kernels import Laplace
 from ..machines import KernelMachine
 from ..matrices import matrix_power
 
-# %% ../../nbs/book/collapse_study.ipynb #d5adc450
+# %% ../../nbs/book/collapse_study.ipynb #0ac9d8c1
 def within_between(features: torch.Tensor,   # (n, d)
                    labels: torch.Tensor      # (n,), integers
                    ) -> float:
@@ -41,7 +41,7 @@ def simplex_distance(features: torch.Tensor,   # (n, d)
     simplex = (c * torch.eye(c).to(means) - 1) / (c - 1)
     return float((means @ means.T - simplex).norm() / simplex.norm())
 
-# %% ../../nbs/book/collapse_study.ipynb #3b5b2b8d
+# %% ../../nbs/book/collapse_study.ipynb #f25a0c20
 COLLAPSE_KINDS = ("AGOP", "identity", "same spectrum, random directions", "AGOP of shuffled labels")
 _WIDTH = 512       # random features of a layer
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['basis_pursuit', 'nuclear_norm']
 
-# %% ../../nbs/book/convex.ipynb #ee97f8bb
+# %% ../../nbs/book/convex.ipynb #d9f37742
 import warnings
 
 import numpy as np
@@ -13,7 +13,7 @@ from scipy.optimize import linprog
 
 from ..measurements import Entries, Equations
 
-# %% ../../nbs/book/convex.ipynb #79c46632
+# %% ../../nbs/book/convex.ipynb #eb4f62ac
 def basis_pursuit(X: np.ndarray,   # (m, d)
                   y: np.ndarray    # (m,)
                   ) -> np.ndarray:
@@ -25,18 +25,18 @@ def basis_pursuit(X: np.ndarray,   # (m, d)
                          "they hold only about, take least squares with a ridge.")
     return found.x[:d] - found.x[d:]
 
-# %% ../../nbs/book/convex.ipynb #11b9e70f
+# %% ../../nbs/book/convex.ipynb #2a691fb7
 _CHECK = 25      # iterations between two looks at the gap, which costs a decomposition
 
 
 def _projections(problem):
-    "Two functions: onto the solutions of the equations, and onto the range of their adjoint."
+    "Two functions: onto the solutions, and onto the range of their adjoint."
     if isinstance(problem, Entries):
         seen, Y = problem.mask, problem.Y
         return (lambda V: np.where(seen, Y, V)), (lambda Q: np.where(seen, Q, 0.0))
     if not isinstance(problem, Equations) or problem.unknown != 2:
-        raise TypeError(f"problem is a {type(problem).__name__}; it must be a Sensing or a Completion; for vectors take "
-                        "basis_pursuit.")
+        raise TypeError(f"problem is a {type(problem).__name__}; it must be a Sensing or a "
+                        "Completion; for vectors take basis_pursuit.")
     rows = problem.rows
     inverse = np.linalg.solve(rows @ np.swapaxes(rows, -1, -2), rows)
     least = np.einsum("...m,...mk->...k", problem.y, inverse).reshape(problem.shape)

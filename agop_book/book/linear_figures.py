@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['draw_phase', 'area_table', 'half_table', 'draw_patience', 'draw_collapse']
 
-# %% ../../nbs/book/linear_figures.ipynb #93986d0f
+# %% ../../nbs/book/linear_figures.ipynb #a91befca
 import numpy as np
 import pandas as pd
 
@@ -16,7 +16,7 @@ from ..extras import extra
 with extra("book"):
     import matplotlib.pyplot as plt
 
-# %% ../../nbs/book/linear_figures.ipynb #a22fb6b8
+# %% ../../nbs/book/linear_figures.ipynb #ea6b08aa
 _TASKS = {"sparse": "sparse vectors", "completion": "completion", "sensing": "sensing"}
 
 
@@ -27,8 +27,8 @@ def _panel(ax, part):
                           cmap="viridis")
     task, size = part["task"].iloc[0], part["size"].iloc[0]
     needed = [free_numbers(task, size, rank) for rank in grid.index]
-    places = np.interp(needed, grid.columns, np.arange(len(grid.columns)) + 0.5)
-    ax.plot(places, np.arange(len(grid)) + 0.5, color="C1", lw=1.2)
+    places = np.interp(needed, grid.columns, np.arange(len(grid.columns)) + 0.5, left=np.nan)
+    ax.plot(places, np.arange(len(grid)) + 0.5, color="C1", lw=1.5)
     each = max(1, len(grid.columns) // 3)
     ax.set_xticks(np.arange(len(grid.columns))[::each] + 0.5, grid.columns[::each])
     ax.set_yticks(np.arange(len(grid)) + 0.5, grid.index)
@@ -56,7 +56,7 @@ def draw_phase(results: pd.DataFrame   # of `recovery_study`
     fig.colorbar(image, ax=axes, label="share recovered", shrink=0.6)
     return fig
 
-# %% ../../nbs/book/linear_figures.ipynb #87ea5ce2
+# %% ../../nbs/book/linear_figures.ipynb #c4db6981
 def area_table(results: pd.DataFrame   # of `recovery_study`
                ) -> pd.DataFrame:
     "Mean and standard deviation of the area over seeds, and its mean difference to the convex one."
@@ -84,7 +84,7 @@ def half_table(results: pd.DataFrame   # of `recovery_study`
     kept = [method for method in METHODS if method in wide and method != "power 1/4"]
     return wide[kept].dropna().groupby("task", sort=False).mean()
 
-# %% ../../nbs/book/linear_figures.ipynb #9496058b
+# %% ../../nbs/book/linear_figures.ipynb #e5c7c15d
 def draw_patience(results: pd.DataFrame   # of `patience_study`
                   ):                      # matplotlib Figure
     "Recovered share by the number of rounds, a line for each power."
@@ -97,9 +97,10 @@ def draw_patience(results: pd.DataFrame   # of `patience_study`
     fig.legend(*ax.get_legend_handles_labels(), loc="outside right")
     return fig
 
-# %% ../../nbs/book/linear_figures.ipynb #b85aaf65
+# %% ../../nbs/book/linear_figures.ipynb #4488210c
 _KINDS = {"AGOP": "-", "identity": "--", "same spectrum, random directions": "-.",
           "AGOP of shuffled labels": ":"}
+_RATIOS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
 
 
 def draw_collapse(results: pd.DataFrame   # of `collapse_study`
@@ -117,6 +118,8 @@ def draw_collapse(results: pd.DataFrame   # of `collapse_study`
             ax.semilogy(layers, values.mean(0), style, color=colour, label=kind)
             ax.fill_between(layers, values.min(0), values.max(0), color=colour, alpha=0.2, lw=0)
         ax.set(title=f"{data}, {rows} rows", xlabel="layers passed")
+    axes[0, 0].set_yticks(_RATIOS, [f"{ratio:g}" for ratio in _RATIOS])
+    axes[0, 0].minorticks_off()
     axes[0, 0].set_ylabel("variance within classes /\nvariance between classes")
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center",
                ncols=2 if len(sets) == 1 else 4)

@@ -6,7 +6,7 @@
 __all__ = ['POWERS', 'METHODS', 'RECOVERED', 'low_rank_matrix', 'random_mask', 'free_numbers', 'random_problems', 'deep_linear',
            'relative_errors_of', 'recovery_run', 'recovery_study', 'patience_study']
 
-# %% ../../nbs/book/linear_study.ipynb #11af3e62
+# %% ../../nbs/book/linear_study.ipynb #958d8a39
 import numpy as np
 import pandas as pd
 import torch
@@ -18,7 +18,7 @@ from .sweep import sweep
 from ..linear import Completion, Sensing, SparseVector, linear_rfm
 from ..measurements import Entries
 
-# %% ../../nbs/book/linear_study.ipynb #fa81536c
+# %% ../../nbs/book/linear_study.ipynb #6140ad09
 def low_rank_matrix(shape: tuple,   # (c, d)
                     rank: int,      # at least 1
                     seed: int       # of both factors
@@ -77,7 +77,7 @@ def random_problems(task: str,   # "sparse", "sensing" or "completion"
     X = np.stack([g.normal(size=(m, size)) / m**0.5 for g in rng])
     return w, SparseVector(X, np.einsum("smd,sd->sm", X, w))
 
-# %% ../../nbs/book/linear_study.ipynb #f9165cdf
+# %% ../../nbs/book/linear_study.ipynb #d27fff46
 _RATES = {2: 0.05, 3: 0.2}      # by dimensions: 0.1 and 0.5 diverge on some problems
 _STARTS = {2: 0.01, 3: 0.01}   # larger ones recover less, smaller ones need more steps
 _FITTED = 1e-11                 # squared error at which a network is done
@@ -128,7 +128,7 @@ def deep_linear(problem,            # a problem with one leading dimension
         descent.step()
     return product(factors).detach().double().numpy()
 
-# %% ../../nbs/book/linear_study.ipynb #e78ea1b9
+# %% ../../nbs/book/linear_study.ipynb #b026c0c7
 POWERS = {"power 1/4": 0.25, "power 1/2": 0.5, "power 3/4": 0.75, "power 1": 1.0}
 METHODS = (*POWERS, "convex", "deep linear")
 RECOVERED = 0.01        # relative error
@@ -171,9 +171,9 @@ def _grids():
         "sparse": pick(quick=(40, [2, 8], [20, 32], 200),
                        book=(100, [2, 5, 10, 15, 20, 25, 30], range(10, 91, 10), 1000)),
         "completion": pick(quick=(10, [1, 2], [60, 85], 200),
-                           book=(20, range(1, 7), range(80, 381, 20), 1000)),
+                           book=(20, range(1, 7), range(80, 381, 30), 1000)),
         "sensing": pick(quick=(8, [1], [30, 45], 200),
-                        book=(16, range(1, 7), range(32, 241, 16), 500)),
+                        book=(16, range(1, 6), range(32, 225, 24), 500)),
     }
 
 
@@ -189,7 +189,7 @@ def recovery_study() -> pd.DataFrame:
     results["recovered"] = [np.mean(np.array(e) < RECOVERED) for e in results["errors"]]
     return results
 
-# %% ../../nbs/book/linear_study.ipynb #1a1567e1
+# %% ../../nbs/book/linear_study.ipynb #f1ed3bdb
 def patience_study() -> pd.DataFrame:
     "Recovered shares by power and number of rounds, for completions of two ranks."
     size, cells, rounds = pick(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLLAPSE_KINDS', 'within_between', 'simplex_distance', 'collapse_run', 'collapse_study', 'collapse_table']
 
-# %% ../../nbs/book/collapse_study.ipynb #2f469c35
+# %% ../../nbs/book/collapse_study.ipynb #215851c1
 import numpy as np
 import pandas as pd
 import torch
@@ -17,7 +17,7 @@ from ..kernels import Laplace
 from ..machines import KernelMachine
 from ..matrices import matrix_power
 
-# %% ../../nbs/book/collapse_study.ipynb #0ac9d8c1
+# %% ../../nbs/book/collapse_study.ipynb #bf515dff
 def within_between(features: torch.Tensor,   # (n, d)
                    labels: torch.Tensor      # (n,), integers
                    ) -> float:
@@ -41,7 +41,7 @@ def simplex_distance(features: torch.Tensor,   # (n, d)
     simplex = (c * torch.eye(c).to(means) - 1) / (c - 1)
     return float((means @ means.T - simplex).norm() / simplex.norm())
 
-# %% ../../nbs/book/collapse_study.ipynb #f25a0c20
+# %% ../../nbs/book/collapse_study.ipynb #3a9f098d
 COLLAPSE_KINDS = ("AGOP", "identity", "same spectrum, random directions", "AGOP of shuffled labels")
 _WIDTH = 512       # random features of a layer
 
@@ -97,8 +97,8 @@ def collapse_run(data: str,    # name of a data set
 
 def collapse_study() -> pd.DataFrame:
     "A row for each data set, kind of M and seed."
-    sets = pick(quick={"digits": 200}, book={"digits": 800, "mnist": 1000})
-    depth, seeds = pick(quick=(3, 1), book=(8, 5))
+    sets = pick(quick={"digits": 200}, book={"digits": 600, "mnist": 800})
+    depth, seeds = pick(quick=(3, 1), book=(6, 5))
     grid = [{"data": data, "kind": kind, "n": n, "depth": depth, "seed": seed}
             for data, n in sets.items() for kind in COLLAPSE_KINDS for seed in range(seeds)]
     return sweep("linear-collapse", collapse_run, grid, version="1")

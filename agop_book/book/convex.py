@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['basis_pursuit', 'nuclear_norm']
 
-# %% ../../nbs/book/convex.ipynb #d9f37742
+# %% ../../nbs/book/convex.ipynb #0b190179
 import warnings
 
 import numpy as np
@@ -13,7 +13,7 @@ from scipy.optimize import linprog
 
 from ..measurements import Entries, Equations
 
-# %% ../../nbs/book/convex.ipynb #eb4f62ac
+# %% ../../nbs/book/convex.ipynb #743ea47b
 def basis_pursuit(X: np.ndarray,   # (m, d)
                   y: np.ndarray    # (m,)
                   ) -> np.ndarray:
@@ -25,7 +25,7 @@ def basis_pursuit(X: np.ndarray,   # (m, d)
                          "they hold only about, take least squares with a ridge.")
     return found.x[:d] - found.x[d:]
 
-# %% ../../nbs/book/convex.ipynb #2a691fb7
+# %% ../../nbs/book/convex.ipynb #f0ad4f88
 _CHECK = 25      # iterations between two looks at the gap, which costs a decomposition
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['draw_phase', 'area_table', 'half_table', 'draw_patience', 'draw_collapse']
 
-# %% ../../nbs/book/linear_figures.ipynb #a91befca
+# %% ../../nbs/book/linear_figures.ipynb #6c87e755
 import numpy as np
 import pandas as pd
 
@@ -16,7 +16,7 @@ from ..extras import extra
 with extra("book"):
     import matplotlib.pyplot as plt
 
-# %% ../../nbs/book/linear_figures.ipynb #ea6b08aa
+# %% ../../nbs/book/linear_figures.ipynb #e7cf7162
 _TASKS = {"sparse": "sparse vectors", "completion": "completion", "sensing": "sensing"}
 
 
@@ -56,7 +56,7 @@ def draw_phase(results: pd.DataFrame   # of `recovery_study`
     fig.colorbar(image, ax=axes, label="share recovered", shrink=0.6)
     return fig
 
-# %% ../../nbs/book/linear_figures.ipynb #c4db6981
+# %% ../../nbs/book/linear_figures.ipynb #f908cca2
 def area_table(results: pd.DataFrame   # of `recovery_study`
                ) -> pd.DataFrame:
     "Mean and standard deviation of the area over seeds, and its mean difference to the convex one."
@@ -84,7 +84,7 @@ def half_table(results: pd.DataFrame   # of `recovery_study`
     kept = [method for method in METHODS if method in wide and method != "power 1/4"]
     return wide[kept].dropna().groupby("task", sort=False).mean()
 
-# %% ../../nbs/book/linear_figures.ipynb #e5c7c15d
+# %% ../../nbs/book/linear_figures.ipynb #b5faaf21
 def draw_patience(results: pd.DataFrame   # of `patience_study`
                   ):                      # matplotlib Figure
     "Recovered share by the number of rounds, a line for each power."
@@ -97,7 +97,7 @@ def draw_patience(results: pd.DataFrame   # of `patience_study`
     fig.legend(*ax.get_legend_handles_labels(), loc="outside right")
     return fig
 
-# %% ../../nbs/book/linear_figures.ipynb #4488210c
+# %% ../../nbs/book/linear_figures.ipynb #7d877621
 _KINDS = {"AGOP": "-", "identity": "--", "same spectrum, random directions": "-.",
           "AGOP of shuffled labels": ":"}
 _RATIOS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20)

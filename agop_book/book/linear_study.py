@@ -6,7 +6,9 @@
 __all__ = ['POWERS', 'METHODS', 'RECOVERED', 'low_rank_matrix', 'random_mask', 'free_numbers', 'random_problems', 'deep_linear',
            'relative_errors_of', 'recovery_run', 'recovery_study', 'patience_study']
 
-# %% ../../nbs/book/linear_study.ipynb #958d8a39
+# %% ../../nbs/book/linear_study.ipynb #99211cd8
+from functools import reduce
+
 import numpy as np
 import pandas as pd
 import torch
@@ -18,7 +20,7 @@ from .sweep import sweep
 from ..linear import Completion, Sensing, SparseVector, linear_rfm
 from ..measurements import Entries
 
-# %% ../../nbs/book/linear_study.ipynb #6140ad09
+# %% ../../nbs/book/linear_study.ipynb #9124eefd
 def low_rank_matrix(shape: tuple,   # (c, d)
                     rank: int,      # at least 1
                     seed: int       # of both factors
@@ -77,58 +79,74 @@ def random_problems(task: str,   # "sparse", "sensing" or "completion"
     X = np.stack([g.normal(size=(m, size)) / m**0.5 for g in rng])
     return w, SparseVector(X, np.einsum("smd,sd->sm", X, w))
 
-# %% ../../nbs/book/linear_study.ipynb #d27fff46
+# %% ../../nbs/book/linear_study.ipynb #02ef481d
 _RATES = {2: 0.05, 3: 0.2}      # by dimensions: 0.1 and 0.5 diverge on some problems
 _STARTS = {2: 0.01, 3: 0.01}   # larger ones recover less, smaller ones need more steps
-_FITTED = 1e-11                 # squared error at which a network is done
+_MOMENTUM = 0.9
+_FITTED = 2e-11                 # squared error at which a network is done
 
 
-def _layers(shape, depth, seed):
-    "The factors of a network, and the function that multiplies them."
-    g = torch.Generator().manual_seed(seed)
-    if len(shape) == 3:
-        scale = _STARTS[3] / shape[-1] ** 0.5
-        factors = [scale * torch.randn(shape, generator=g) for _ in range(depth)]
-
-        def product(factors):
-            W = factors[0]
-            for factor in factors[1:]:
-                W = factor @ W
-            return W
-        return factors, product
-    both = [torch.full(shape, _STARTS[2]) for _ in range(2)]
-    return both, lambda both: both[0] ** depth - both[1] ** depth
-
-
-def _residual(problem):
-    "A function: solution -> what its equations are off by."
+def _adjoint(problem):
+    "A function: W -> the residuals of its equations, and the slope of half their squares in W."
     if isinstance(problem, Entries):
         Y, seen = (torch.from_numpy(a.astype(np.float32)) for a in (problem.Y, problem.mask))
-        return lambda W: (W - Y) * seen
+
+        def at_entries(W):
+            off = (W - Y) * seen
+            return off, off
+        return at_entries
     rows, y = (torch.from_numpy(a.astype(np.float32)) for a in (problem.rows, problem.y))
-    return lambda W: (rows @ W.flatten(1)[..., None])[..., 0] - y
+
+    def at_rows(W):
+        off = (rows @ W.flatten(1)[..., None])[..., 0] - y
+        return off, (rows.mT @ off[..., None]).reshape(W.shape)
+    return at_rows
+
+
+def _matrix_slopes(layers, G):
+    "Slopes in the layers of a network W_L ... W_1, lowest first, from that in their product."
+    below = [layers[0]]
+    for W in layers[1:-1]:
+        below.append(W @ below[-1])
+    slopes = []
+    for W, under in zip(layers[:0:-1], below[::-1]):
+        slopes.append(G @ under.mT)
+        G = W.mT @ G
+    return [G, *slopes[::-1]]
+
+
+def _start(shape, depth, seed):
+    "Layers, what they multiply to, and their slopes from the slope in that."
+    if len(shape) == 2:
+        both = [torch.full(shape, _STARTS[2]) for _ in range(2)]
+        signs = (1, -1)
+        return (both, lambda both: both[0] ** depth - both[1] ** depth,
+                lambda both, g: [s * depth * u ** (depth - 1) * g for s, u in zip(signs, both)])
+    generator = torch.Generator().manual_seed(seed)
+    scale = _STARTS[3] / shape[-1] ** 0.5
+    layers = [scale * torch.randn(shape, generator=generator) for _ in range(depth)]
+    return layers, lambda layers: reduce(lambda W, V: V @ W, layers), _matrix_slopes
 
 
 def deep_linear(problem,            # a problem with one leading dimension
-                depth: int = 3,     # layers
+                depth: int = 3,     # layers, at least 2
                 steps: int = 8000,  # most of them
                 seed: int = 0       # of the initial weights
                 ) -> np.ndarray:
     "What gradient descent on the layers of a linear network ends at, all problems side by side."
-    factors, product = _layers(problem.shape, depth, seed)
-    factors = [factor.requires_grad_() for factor in factors]
-    descent = torch.optim.SGD(factors, _RATES[len(problem.shape)], momentum=0.9)
-    off = _residual(problem)
-    for _ in range(steps):
-        loss = off(product(factors)).flatten(1).square().sum(1) / 2
-        if loss.max() < _FITTED:
+    layers, product, slopes = _start(problem.shape, check_count(depth, "depth", 2), seed)
+    moving = [torch.zeros_like(layer) for layer in layers]
+    residuals = _adjoint(problem)
+    for step in range(steps):
+        off, G = residuals(product(layers))
+        if step % 50 == 0 and off.flatten(1).square().sum(1).max() < _FITTED:
             break
-        descent.zero_grad()
-        loss.sum().backward()
-        descent.step()
-    return product(factors).detach().double().numpy()
+        for layer, speed, slope in zip(layers, moving, slopes(layers, G)):
+            speed.mul_(_MOMENTUM).add_(slope)
+            layer.sub_(speed, alpha=_RATES[len(problem.shape)])
+    return product(layers).double().numpy()
 
-# %% ../../nbs/book/linear_study.ipynb #b026c0c7
+# %% ../../nbs/book/linear_study.ipynb #4f8e4277
 POWERS = {"power 1/4": 0.25, "power 1/2": 0.5, "power 3/4": 0.75, "power 1": 1.0}
 METHODS = (*POWERS, "convex", "deep linear")
 RECOVERED = 0.01        # relative error
@@ -173,7 +191,7 @@ def _grids():
         "completion": pick(quick=(10, [1, 2], [60, 85], 200),
                            book=(20, range(1, 7), range(80, 381, 30), 1000)),
         "sensing": pick(quick=(8, [1], [30, 45], 200),
-                        book=(16, range(1, 6), range(32, 225, 24), 500)),
+                        book=(16, range(1, 6), range(32, 225, 24), 300)),
     }
 
 
@@ -189,7 +207,7 @@ def recovery_study() -> pd.DataFrame:
     results["recovered"] = [np.mean(np.array(e) < RECOVERED) for e in results["errors"]]
     return results
 
-# %% ../../nbs/book/linear_study.ipynb #f1ed3bdb
+# %% ../../nbs/book/linear_study.ipynb #bd102a0e
 def patience_study() -> pd.DataFrame:
     "Recovered shares by power and number of rounds, for completions of two ranks."
     size, cells, rounds = pick(

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['SparseVector', 'linear_rfm', 'irls_exponent', 'matrix_metric', 'Sensing', 'Completion', 'depth_power']
 
-# %% ../nbs/18_linear.ipynb #ce102fef
+# %% ../nbs/18_linear.ipynb #d6f19598
 import numpy as np
 
 from .measurements import Entries, Equations, check_power, smoothing
 
-# %% ../nbs/18_linear.ipynb #ca6d7ed1
+# %% ../nbs/18_linear.ipynb #6946a410
 def _turned(A):
     "The transpose of the last two dimensions."
     return np.swapaxes(A, -1, -2)
@@ -21,7 +21,7 @@ def _least(rows, rows_M, y, reg):
     K = rows_M @ _turned(rows) + reg * np.eye(y.shape[-1])
     return (_turned(rows_M) @ np.linalg.solve(K, y[..., None]))[..., 0]
 
-# %% ../nbs/18_linear.ipynb #bdf4eab0
+# %% ../nbs/18_linear.ipynb #bfe600a6
 class SparseVector(Equations):
     "X w = y with few entries in w `(..., d)`. M is a diagonal `(..., d)`."
 
@@ -38,7 +38,7 @@ class SparseVector(Equations):
         agop = w**2
         return (agop / agop.sum(-1, keepdims=True) + eps) ** power
 
-# %% ../nbs/18_linear.ipynb #27c228d7
+# %% ../nbs/18_linear.ipynb #98ea2de7
 def linear_rfm(problem,            # `SparseVector`, `Sensing`, `Completion`, or one of your own
                power: float = 1.0, # of the AGOP, in (0, 1]
                n_iter: int = 200,  # rounds after round 0
@@ -56,13 +56,13 @@ def linear_rfm(problem,            # `SparseVector`, `Sensing`, `Completion`, or
         M = problem.metric(found[-1], share, power)
     return found
 
-# %% ../nbs/18_linear.ipynb #32d7b61d
+# %% ../nbs/18_linear.ipynb #fcce441a
 def irls_exponent(power: float   # p of the AGOP, in (0, 1]
                   ) -> float:
     "q = 2 - 2p: rounds with power p make the sum of |w_i|^q small; q = 0 is the sum of logarithms."
     return 2 - 2 * check_power(power)
 
-# %% ../nbs/18_linear.ipynb #88e1efbf
+# %% ../nbs/18_linear.ipynb #d264af67
 def matrix_metric(W: np.ndarray,   # (..., c, d)
                   eps: float,      # smoothing, a share of the trace
                   power: float     # p, in (0, 1]
@@ -80,7 +80,7 @@ def _identity(shape):
     "The metric of round 0 for matrices `(..., c, d)`."
     return np.broadcast_to(np.eye(shape[-1]), shape[:-2] + 2 * shape[-1:])
 
-# %% ../nbs/18_linear.ipynb #cd6f2fbd
+# %% ../nbs/18_linear.ipynb #8ab7fa6d
 class Sensing(Equations):
     "<X_i, W> = y_i with a W `(..., c, d)` of low rank. M is `(..., d, d)`."
 
@@ -99,7 +99,7 @@ class Sensing(Equations):
         "(AGOP + eps I)^power."
         return matrix_metric(W, eps, power)
 
-# %% ../nbs/18_linear.ipynb #447c982b
+# %% ../nbs/18_linear.ipynb #51640ae5
 class Completion(Entries):
     "W `(..., c, d)` of low rank from entries of Y where the mask is True. M is `(..., d, d)`."
 
@@ -118,7 +118,7 @@ class Completion(Entries):
         "(AGOP + eps I)^power."
         return matrix_metric(W, eps, power)
 
-# %% ../nbs/18_linear.ipynb #75cdeddf
+# %% ../nbs/18_linear.ipynb #8b46c066
 def depth_power(depth: int   # layers of a balanced linear network, at least 2
                 ) -> float:
     "p = 1 - 1/L: the features below the last of L balanced layers have the Gram matrix AGOP^p."

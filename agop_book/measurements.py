@@ -6,14 +6,14 @@
 __all__ = ['finite_array', 'check_power', 'smoothing', 'check_ridge', 'check_sides', 'check_independent', 'check_mask',
            'Equations', 'Entries']
 
-# %% ../nbs/workshop/measurements.ipynb #eae768d8
+# %% ../nbs/workshop/measurements.ipynb #35fc71af
 from dataclasses import dataclass
 
 import numpy as np
 
 from .arrays import as_real, check_count, is_number
 
-# %% ../nbs/workshop/measurements.ipynb #c3b042c2
+# %% ../nbs/workshop/measurements.ipynb #6e7f2d4b
 def finite_array(value,               # array-like of real numbers
                  name: str,           # what to call it in an error
                  least: int,          # dimensions that it must have; more of them lead
@@ -38,7 +38,7 @@ def check_power(power   # of the AGOP
     raise ValueError(f"power={power!r} must be a number with 0 < power <= 1: at 0 every round is "
                      "the first, and above 1 the norm has a negative exponent; take 1/2 or 1.")
 
-# %% ../nbs/workshop/measurements.ipynb #76a3655d
+# %% ../nbs/workshop/measurements.ipynb #d7d590b6
 def smoothing(eps,           # a number, or (first, last)
               n_iter: int    # rounds after round 0
               ) -> np.ndarray:
@@ -54,7 +54,7 @@ def smoothing(eps,           # a number, or (first, last)
     raise ValueError(f"eps={eps!r} must be a positive number, or (first, last) with first >= last "
                      "> 0: without it a weight that is zero once stays zero; take (1, 1e-10).")
 
-# %% ../nbs/workshop/measurements.ipynb #fac4ec3e
+# %% ../nbs/workshop/measurements.ipynb #7d7687b7
 def check_ridge(reg   # of every solve
                 ) -> float:
     "A number from 0 on; else ValueError."
@@ -90,7 +90,7 @@ def check_independent(X: np.ndarray,   # (..., m, unknowns)
         raise ValueError(f"the {m} equations of {name} are not independent (condition number of "
                          "their Gram matrix above 1e12); drop repeated ones, or pass reg > 0.")
 
-# %% ../nbs/workshop/measurements.ipynb #dad2fb60
+# %% ../nbs/workshop/measurements.ipynb #e9a648a7
 def check_mask(mask,               # boolean, or zeros and ones
                shape: tuple        # of the matrix, which may have leading dimensions
                ) -> np.ndarray:
@@ -110,7 +110,7 @@ def check_mask(mask,               # boolean, or zeros and ones
                              "observe an entry of it.")
     return seen
 
-# %% ../nbs/workshop/measurements.ipynb #9eb31b35
+# %% ../nbs/workshop/measurements.ipynb #0b744b2c
 @dataclass(eq=False)
 class Equations:
     "Linear equations about a vector or a matrix; many problems may stand side by side."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLLAPSE_KINDS', 'within_between', 'simplex_distance', 'collapse_run', 'collapse_study', 'collapse_table']
 
-# %% ../../nbs/book/collapse_study.ipynb #215851c1
+# %% ../../nbs/book/collapse_study.ipynb #8936255f
 import numpy as np
 import pandas as pd
 import torch
@@ -17,7 +17,7 @@ from ..kernels import Laplace
 from ..machines import KernelMachine
 from ..matrices import matrix_power
 
-# %% ../../nbs/book/collapse_study.ipynb #bf515dff
+# %% ../../nbs/book/collapse_study.ipynb #02609f41
 def within_between(features: torch.Tensor,   # (n, d)
                    labels: torch.Tensor      # (n,), integers
                    ) -> float:
@@ -41,7 +41,7 @@ def simplex_distance(features: torch.Tensor,   # (n, d)
     simplex = (c * torch.eye(c).to(means) - 1) / (c - 1)
     return float((means @ means.T - simplex).norm() / simplex.norm())
 
-# %% ../../nbs/book/collapse_study.ipynb #3a9f098d
+# %% ../../nbs/book/collapse_study.ipynb #e16e3685
 COLLAPSE_KINDS = ("AGOP", "identity", "same spectrum, random directions", "AGOP of shuffled labels")
 _WIDTH = 512       # random features of a layer
 
@@ -115,6 +115,7 @@ def collapse_table(results: pd.DataFrame   # of `collapse_study`
             "training rows, first": first["training"],
             "training rows, last layer": last["training"],
             "held-out rows, last layer": last["held-out"],
+            "by the labels shown, first": first["shown"],
             "by the labels shown, last layer": last["shown"],
             "simplex, first": first["simplex"], "simplex, last layer": last["simplex"],
             "accuracy, first": first["accuracy"], "accuracy, last layer": last["accuracy"]}

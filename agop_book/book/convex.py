@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['basis_pursuit', 'nuclear_norm']
 
-# %% ../../nbs/book/convex.ipynb #0b190179
+# %% ../../nbs/book/convex.ipynb #14df3f43
 import warnings
 
 import numpy as np
@@ -13,7 +13,7 @@ from scipy.optimize import linprog
 
 from ..measurements import Entries, Equations
 
-# %% ../../nbs/book/convex.ipynb #743ea47b
+# %% ../../nbs/book/convex.ipynb #4ce94711
 def basis_pursuit(X: np.ndarray,   # (m, d)
                   y: np.ndarray    # (m,)
                   ) -> np.ndarray:
@@ -25,7 +25,7 @@ def basis_pursuit(X: np.ndarray,   # (m, d)
                          "they hold only about, take least squares with a ridge.")
     return found.x[:d] - found.x[d:]
 
-# %% ../../nbs/book/convex.ipynb #f0ad4f88
+# %% ../../nbs/book/convex.ipynb #06d2718b
 _CHECK = 25      # iterations between two looks at the gap, which costs a decomposition
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['draw_phase', 'area_table', 'half_table', 'draw_patience', 'draw_collapse']
 
-# %% ../../nbs/book/linear_figures.ipynb #6c87e755
+# %% ../../nbs/book/linear_figures.ipynb #bec5b0c0
 import numpy as np
 import pandas as pd
 
@@ -16,7 +16,7 @@ from ..extras import extra
 with extra("book"):
     import matplotlib.pyplot as plt
 
-# %% ../../nbs/book/linear_figures.ipynb #e7cf7162
+# %% ../../nbs/book/linear_figures.ipynb #83998c22
 _TASKS = {"sparse": "sparse vectors", "completion": "completion", "sensing": "sensing"}
 
 
@@ -56,19 +56,22 @@ def draw_phase(results: pd.DataFrame   # of `recovery_study`
     fig.colorbar(image, ax=axes, label="share recovered", shrink=0.6)
     return fig
 
-# %% ../../nbs/book/linear_figures.ipynb #f908cca2
+# %% ../../nbs/book/linear_figures.ipynb #0b689bb9
 def area_table(results: pd.DataFrame   # of `recovery_study`
                ) -> pd.DataFrame:
-    "Mean and standard deviation of the area over seeds, and its mean difference to the convex one."
+    "Mean and deviation of the area over seeds, how much it is over the convex one, other shares."
     rows = {}
     for task, part in results.groupby("task", sort=False):
-        areas = {method: (np.array(p["errors"].tolist()) < RECOVERED).mean(0)
-                 for method, p in part.groupby("method", sort=False)}
-        for method, area in areas.items():
-            more = area - areas["convex"]
-            rows[task, method] = {"area": area.mean(), "deviation": area.std(ddof=1),
-                                  "over convex": more.mean(), "least over convex": more.min(),
-                                  "most over convex": more.max()}
+        errors = {method: np.array(p["errors"].tolist(), float)
+                  for method, p in part.groupby("method", sort=False)}
+        convex = (errors["convex"] < RECOVERED).mean(0)
+        for method, error in errors.items():
+            area = (error < RECOVERED).mean(0)
+            more = area - convex
+            rows[task, method] = {
+                "area": area.mean(), "deviation": area.std(ddof=1), "over convex": more.mean(),
+                "least over": more.min(), "most over": more.max(),
+                "error below 5 %": (error < 0.05).mean(), "diverged": np.isnan(error).mean()}
     return pd.DataFrame(rows).T
 
 
@@ -84,7 +87,7 @@ def half_table(results: pd.DataFrame   # of `recovery_study`
     kept = [method for method in METHODS if method in wide and method != "power 1/4"]
     return wide[kept].dropna().groupby("task", sort=False).mean()
 
-# %% ../../nbs/book/linear_figures.ipynb #b5faaf21
+# %% ../../nbs/book/linear_figures.ipynb #87d63979
 def draw_patience(results: pd.DataFrame   # of `patience_study`
                   ):                      # matplotlib Figure
     "Recovered share by the number of rounds, a line for each power."
@@ -97,7 +100,7 @@ def draw_patience(results: pd.DataFrame   # of `patience_study`
     fig.legend(*ax.get_legend_handles_labels(), loc="outside right")
     return fig
 
-# %% ../../nbs/book/linear_figures.ipynb #7d877621
+# %% ../../nbs/book/linear_figures.ipynb #510f13b8
 _KINDS = {"AGOP": "-", "identity": "--", "same spectrum, random directions": "-.",
           "AGOP of shuffled labels": ":"}
 _RATIOS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20)

@@ -6,7 +6,7 @@
 __all__ = ['POWERS', 'METHODS', 'RECOVERED', 'low_rank_matrix', 'random_mask', 'free_numbers', 'random_problems', 'deep_linear',
            'relative_errors_of', 'recovery_run', 'recovery_study', 'patience_study']
 
-# %% ../../nbs/book/linear_study.ipynb #99211cd8
+# %% ../../nbs/book/linear_study.ipynb #c514f425
 from functools import reduce
 
 import numpy as np
@@ -20,7 +20,7 @@ from .sweep import sweep
 from ..linear import Completion, Sensing, SparseVector, linear_rfm
 from ..measurements import Entries
 
-# %% ../../nbs/book/linear_study.ipynb #9124eefd
+# %% ../../nbs/book/linear_study.ipynb #8663c67a
 def low_rank_matrix(shape: tuple,   # (c, d)
                     rank: int,      # at least 1
                     seed: int       # of both factors
@@ -79,9 +79,9 @@ def random_problems(task: str,   # "sparse", "sensing" or "completion"
     X = np.stack([g.normal(size=(m, size)) / m**0.5 for g in rng])
     return w, SparseVector(X, np.einsum("smd,sd->sm", X, w))
 
-# %% ../../nbs/book/linear_study.ipynb #02ef481d
+# %% ../../nbs/book/linear_study.ipynb #fb24adcb
 _RATES = {2: 0.05, 3: 0.2}      # by dimensions: 0.1 and 0.5 diverge on some problems
-_STARTS = {2: 0.01, 3: 0.01}   # larger ones recover less, smaller ones need more steps
+_STARTS = {2: 0.003, 3: 0.01}  # larger ones recover less, smaller ones need more steps
 _MOMENTUM = 0.9
 _FITTED = 2e-11                 # squared error at which a network is done
 
@@ -146,7 +146,7 @@ def deep_linear(problem,            # a problem with one leading dimension
             layer.sub_(speed, alpha=_RATES[len(problem.shape)])
     return product(layers).double().numpy()
 
-# %% ../../nbs/book/linear_study.ipynb #4f8e4277
+# %% ../../nbs/book/linear_study.ipynb #32fcd9ed
 POWERS = {"power 1/4": 0.25, "power 1/2": 0.5, "power 3/4": 0.75, "power 1": 1.0}
 METHODS = (*POWERS, "convex", "deep linear")
 RECOVERED = 0.01        # relative error
@@ -184,30 +184,29 @@ def recovery_run(task: str,     # "sparse", "sensing" or "completion"
 
 
 def _grids():
-    "Size, ranks, numbers of measurements and rounds of each task."
+    "Size, ranks, numbers of measurements, rounds, and steps of a network, for each task."
     return {
-        "sparse": pick(quick=(40, [2, 8], [20, 32], 200),
-                       book=(100, [2, 5, 10, 15, 20, 25, 30], range(10, 91, 10), 1000)),
-        "completion": pick(quick=(10, [1, 2], [60, 85], 200),
-                           book=(20, range(1, 7), range(80, 381, 30), 1000)),
-        "sensing": pick(quick=(8, [1], [30, 45], 200),
-                        book=(16, range(1, 6), range(32, 225, 24), 300)),
+        "sparse": pick(quick=(40, [2, 8], [20, 32], 200, 4000),
+                       book=(100, [2, 5, 10, 15, 20, 25, 30], range(10, 91, 10), 1000, 30_000)),
+        "completion": pick(quick=(10, [1, 2], [60, 85], 200, 1500),
+                           book=(20, range(1, 7), range(80, 381, 30), 1000, 8000)),
+        "sensing": pick(quick=(8, [1], [30, 45], 200, 1500),
+                        book=(16, range(1, 6), range(32, 225, 24), 300, 8000)),
     }
 
 
 def recovery_study() -> pd.DataFrame:
     "A row for each task, method, rank and number of measurements above the numbers sought."
-    steps = pick(quick=1500, book=8000)
     grid = [{"task": task, "method": method, "size": size, "rank": rank, "m": m,
              "n_iter": steps if method == "deep linear" else rounds}
-            for task, (size, ranks, measured, rounds) in _grids().items()
+            for task, (size, ranks, measured, rounds, steps) in _grids().items()
             for method in METHODS for rank in ranks for m in measured
             if m > free_numbers(task, size, rank)]
     results = sweep("linear-recovery", recovery_run, grid, version="1")
     results["recovered"] = [np.mean(np.array(e) < RECOVERED) for e in results["errors"]]
     return results
 
-# %% ../../nbs/book/linear_study.ipynb #bd102a0e
+# %% ../../nbs/book/linear_study.ipynb #4987cafb
 def patience_study() -> pd.DataFrame:
     "Recovered shares by power and number of rounds, for completions of two ranks."
     size, cells, rounds = pick(

@@ -24,7 +24,11 @@ from agop_book.choices import (
     ways,
 )
 from .columns import whole_codes
-from .crossfit import RIDGES, adapted, unit_metric
+from agop_book.crossfit import (
+    RIDGES,
+    adapted,
+    unit_metric,
+)
 from .design import Design, Identity
 from .devices import device as pick_device
 from .estimators import send

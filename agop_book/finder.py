@@ -13,7 +13,13 @@ import torch
 
 from .roles import row_blocks
 from .taps import LEFT_OUT, Tap
-from .tensors import box_name, numbers_of, same_numbers, shares_memory, whole
+from agop_book.tensors import (
+    box_name,
+    numbers_of,
+    same_numbers,
+    shares_memory,
+    whole,
+)
 
 # %% ../nbs/workshop/finder.ipynb #fe1762f5
 class Finder:

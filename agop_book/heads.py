@@ -14,9 +14,17 @@ from sklearn.utils import check_random_state
 from torch import nn
 
 from .matrices import matrix_power
-from .arrays import check_count, is_count, is_number
+from agop_book.arrays import (
+    check_count,
+    is_count,
+    is_number,
+)
 from .nfa import nfa
-from .streams import check_texts, gpt2_body, read_moments
+from agop_book.streams import (
+    check_texts,
+    gpt2_body,
+    read_moments,
+)
 
 # %% ../nbs/workshop/heads.ipynb #f8b14d0f
 def logit_root(W: torch.Tensor,   # (V, d), the matrix from the last hidden state to the logits

@@ -13,7 +13,12 @@ import torch
 
 from .accumulator import VANISHING
 from .arrays import as_tensor
-from .image_tiles import map_bytes, meetings, prepared_bytes, prepared_fit
+from agop_book.image_tiles import (
+    map_bytes,
+    meetings,
+    prepared_bytes,
+    prepared_fit,
+)
 from .images import PreparedImages, check_pair
 from .memory import plan
 from .metrics import apply_metric

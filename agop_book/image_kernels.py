@@ -16,7 +16,12 @@ import torch.nn.functional as F
 from .arrays import is_count, to_family
 from .image_gradients import gradient_blocks, rounded
 from .image_tiles import gram
-from .images import PreparedImages, check_images, frame, window_sum
+from agop_book.images import (
+    PreparedImages,
+    check_images,
+    frame,
+    window_sum,
+)
 from .metrics import apply_metric
 from .relu_layers import PLAIN
 

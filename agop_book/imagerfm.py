@@ -25,7 +25,13 @@ from .kernelrfm import RULES as ROW_RULES
 from .matrices import matrix_power, top_directions
 from .memory import plan
 from .metrics import check_metric
-from .parameters import Rule, check_parameters, flag, number, one_of
+from agop_book.parameters import (
+    Rule,
+    check_parameters,
+    flag,
+    number,
+    one_of,
+)
 from .solvers import Fit, Solver
 from .targets import Classification, Regression
 

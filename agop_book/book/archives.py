@@ -14,7 +14,11 @@ import zlib
 
 import numpy as np
 
-from .readers import check_images, check_labels, check_room
+from agop_book.book.readers import (
+    check_images,
+    check_labels,
+    check_room,
+)
 from .samples import Samples
 from ..files import UnreadableData
 

@@ -22,11 +22,19 @@ import pandas as pd
 import psutil
 
 from ..arrays import check_count
-from .protocols import PROTOCOLS, check_protocol, evaluate
+from agop_book.book.protocols import (
+    PROTOCOLS,
+    check_protocol,
+    evaluate,
+)
 from .results import results_text, save_results
 from .run import progress as bar
 from ..terminal import steady_output
-from .sweep import append_row, check_results, finished_rows
+from agop_book.book.sweep import (
+    append_row,
+    check_results,
+    finished_rows,
+)
 from .tasks import get_task
 from .uci import Task
 from .uci import tasks as found_tasks

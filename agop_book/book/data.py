@@ -11,7 +11,11 @@ __all__ = ['available', 'load', 'Dataset', 'DataNotFound', 'UnreadableData', 'ca
 from .load import available, load
 from .lowrank import LOW_RANK, low_rank
 from .samples import Dataset
-from .sources import DataNotFound, cache_dir, data_roots
+from agop_book.book.sources import (
+    DataNotFound,
+    cache_dir,
+    data_roots,
+)
 from ..files import UnreadableData
 from .uci import Task, read_task, tasks
 

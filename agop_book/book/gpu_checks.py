@@ -15,7 +15,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..agop import AGOP, agop, matrix_power, top_directions
+from agop_book.agop import (
+    AGOP,
+    agop,
+    matrix_power,
+    top_directions,
+)
 from ..arrays import as_real
 from ..cntk import CNTK, patch_agop
 from ..convrfm import ConvRFMRegressor, DeepRFMRegressor

@@ -13,7 +13,11 @@ import torch
 from skorch.callbacks import Callback
 
 from .language import shakespeare_gpt2, windows
-from .models import TokenLoss, gpt2, transformer_net
+from agop_book.book.models import (
+    TokenLoss,
+    gpt2,
+    transformer_net,
+)
 from ..devices import device
 from ..draw import PALETTE
 from ..matrices import pearson

@@ -19,8 +19,16 @@ from .learners import MODELS
 from .protocols import best_candidate, scored_candidates
 from .run import notebooks
 from .run import progress as bar
-from .sweep import append_row, check_results, finished_rows
-from .tasks import fewer_rows, get_task, rows_and_folds
+from agop_book.book.sweep import (
+    append_row,
+    check_results,
+    finished_rows,
+)
+from agop_book.book.tasks import (
+    fewer_rows,
+    get_task,
+    rows_and_folds,
+)
 from .uci import Task
 from .uci import tasks as found_tasks
 from ..files import check_writable, write_atomic

@@ -19,7 +19,11 @@ from torch import nn
 from ..arrays import check_count
 from .run import pick
 from .load import load
-from .models import TokenLoss, gpt2, transformer_net
+from agop_book.book.models import (
+    TokenLoss,
+    gpt2,
+    transformer_net,
+)
 from .sources import DataNotFound, data_roots
 from .train import trained
 from ..hub import load_transformers

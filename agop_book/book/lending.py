@@ -12,7 +12,11 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import train_test_split
 
-from .pairs import gaussian_task, pairs, rows_of
+from agop_book.book.pairs import (
+    gaussian_task,
+    pairs,
+    rows_of,
+)
 from .run import pick
 from .sweep import sweep
 from ..convrfm import ConvRFMClassifier

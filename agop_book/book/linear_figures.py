@@ -9,7 +9,11 @@ __all__ = ['draw_phase', 'area_table', 'half_table', 'draw_patience', 'draw_coll
 import numpy as np
 import pandas as pd
 
-from .linear_study import METHODS, RECOVERED, free_numbers
+from agop_book.book.linear_study import (
+    METHODS,
+    RECOVERED,
+    free_numbers,
+)
 from ..draw import PALETTE, curves
 from ..extras import extra
 

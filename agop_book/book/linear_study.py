@@ -17,7 +17,12 @@ from ..arrays import check_count
 from .convex import basis_pursuit, nuclear_norm
 from .run import pick
 from .sweep import sweep
-from ..linear import Completion, Sensing, SparseVector, linear_rfm
+from agop_book.linear import (
+    Completion,
+    Sensing,
+    SparseVector,
+    linear_rfm,
+)
 from ..measurements import Entries
 
 # %% ../../nbs/book/linear_study.ipynb #8663c67a

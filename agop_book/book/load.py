@@ -16,7 +16,12 @@ from PIL import Image
 from ..arrays import check_count
 from .images import check_room_for_images, square
 from .readers import check_labels, check_room
-from .samples import Dataset, Request, SubsetError, draw
+from agop_book.book.samples import (
+    Dataset,
+    Request,
+    SubsetError,
+    draw,
+)
 from .sets import SETS
 from agop_book.book.sources import (
     DataNotFound,

@@ -18,7 +18,11 @@ import numpy as np
 import pandas as pd
 import torch
 from joblib import Parallel, delayed
-from sklearn.base import BaseEstimator, clone, is_regressor
+from sklearn.base import (
+    BaseEstimator,
+    clone,
+    is_regressor,
+)
 from sklearn.dummy import DummyClassifier
 from sklearn.metrics import accuracy_score, r2_score
 from sklearn.model_selection import train_test_split

@@ -13,7 +13,11 @@ import sys
 import pandas as pd
 
 from ..arrays import check_count
-from .peers import LEARNERS, REFERENCES, TUNED
+from agop_book.book.peers import (
+    LEARNERS,
+    REFERENCES,
+    TUNED,
+)
 from .run import notebooks
 from .standings import standings
 from .sweep import sweep
@@ -23,7 +27,11 @@ from agop_book.book.trials import (
     practice_tasks,
     read_task,
 )
-from ..files import UnreadableData, check_writable, write_atomic
+from agop_book.files import (
+    UnreadableData,
+    check_writable,
+    write_atomic,
+)
 from ..terminal import did_you_mean, steady_output
 
 # %% ../../nbs/book/practice.ipynb #49de2ed2

@@ -12,11 +12,24 @@ import time
 
 import numpy as np
 from sklearn.metrics import accuracy_score, r2_score
-from sklearn.model_selection import KFold, ParameterGrid, StratifiedKFold
+from sklearn.model_selection import (
+    KFold,
+    ParameterGrid,
+    StratifiedKFold,
+)
 
 from ..arrays import check_count
-from .learners import FEW, MODELS, TUNED, Model
-from .tasks import fewer_rows, get_task, rows_and_folds
+from agop_book.book.learners import (
+    FEW,
+    MODELS,
+    TUNED,
+    Model,
+)
+from agop_book.book.tasks import (
+    fewer_rows,
+    get_task,
+    rows_and_folds,
+)
 from .uci import Task
 
 # %% ../../nbs/book/protocols.ipynb #781fa3a0

@@ -19,9 +19,18 @@ from pathlib import Path
 import pandas as pd
 
 import agop_book
-from .captions import caption as under, flat, plain_text
+from agop_book.book.captions import (
+    caption as under,
+    flat,
+    plain_text,
+)
 from .pictures import encoded, show, shows
-from .run import SCALES, notebooks, out_dir, scale
+from agop_book.book.run import (
+    SCALES,
+    notebooks,
+    out_dir,
+    scale,
+)
 from ..devices import device_name
 from ..extras import extra
 from ..files import write_atomic

@@ -20,7 +20,11 @@ from agop_book.book.chapters import (
     is_finished,
     read_stamp,
 )
-from .execute import Settings, remove_stale, run_chapter
+from agop_book.book.execute import (
+    Settings,
+    remove_stale,
+    run_chapter,
+)
 from .records import read_record, records
 from .report import write_report
 from .run import SCALES, out_dir, progress

@@ -15,7 +15,11 @@ import torch
 
 from .run import pick
 from .sweep import sweep
-from ..growing import Growth, outer_products, softened
+from agop_book.growing import (
+    Growth,
+    outer_products,
+    softened,
+)
 from ..iterative import Nystrom
 from ..kernels import Laplace
 from ..matrices import matrix_power

@@ -16,7 +16,11 @@ from agop_book.book.pmlb import (
     pmlb_table,
     pmlb_tables,
 )
-from .readers import bundled, digits, sample_photos
+from agop_book.book.readers import (
+    bundled,
+    digits,
+    sample_photos,
+)
 from .samples import Row
 from .sources import Url
 from agop_book.book.texts import (

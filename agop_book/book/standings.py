@@ -10,7 +10,11 @@ import time
 
 import numpy as np
 import pandas as pd
-from sklearn.metrics import accuracy_score, log_loss, r2_score
+from sklearn.metrics import (
+    accuracy_score,
+    log_loss,
+    r2_score,
+)
 
 from .ranks import accuracy_table, rank_diagram
 

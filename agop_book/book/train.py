@@ -36,7 +36,11 @@ from agop_book.book.configurations import (
 )
 from .run import out_dir, progress, scale
 from .weights import find_weights, write_weights
-from ..files import check_writable, load_arrays, save_arrays
+from agop_book.files import (
+    check_writable,
+    load_arrays,
+    save_arrays,
+)
 
 # %% ../../nbs/book/train.ipynb #d76e95aa
 @contextmanager

@@ -13,7 +13,11 @@ import pandas as pd
 from sklearn.neural_network import MLPClassifier
 
 from .learners import MODELS
-from .protocols import choose_parameters, given_split, task_score
+from agop_book.book.protocols import (
+    choose_parameters,
+    given_split,
+    task_score,
+)
 from .run import pick
 from .tasks import get_task, rows_and_folds
 from .uci import tasks as found_tasks

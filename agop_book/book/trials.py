@@ -14,11 +14,19 @@ from functools import lru_cache
 import numpy as np
 import torch
 from sklearn import datasets
-from sklearn.model_selection import KFold, StratifiedKFold, train_test_split
+from sklearn.model_selection import (
+    KFold,
+    StratifiedKFold,
+    train_test_split,
+)
 from threadpoolctl import threadpool_limits
 
 from .load import load
-from .peers import LEARNERS, REFERENCES, TUNED
+from agop_book.book.peers import (
+    LEARNERS,
+    REFERENCES,
+    TUNED,
+)
 from .pmlb import pmlb_tables
 from .records import device_label
 from .standings import scores_at

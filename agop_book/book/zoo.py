@@ -23,7 +23,11 @@ from .load import load
 from .models import image_vit, mlp_task
 from .run import pick
 from .train import seeded, trained
-from ..hub import load_transformers, minilm_folder, pretrained
+from agop_book.hub import (
+    load_transformers,
+    minilm_folder,
+    pretrained,
+)
 from ..nfa import nfa, summary
 from ..outputs import main_tensor
 from ..tensors import each

@@ -15,10 +15,11 @@ import torch
 
 from .run import pick
 from .sweep import sweep
-from ..growing import Sample, fit_part, outer_products, softened
+from ..growing import outer_products, softened
 from ..iterative import Nystrom
 from ..kernels import Laplace
 from ..matrices import matrix_power
+from ..partfit import Sample, fit_part
 from ..partials import Block
 from ..rfm import RFMRegressor
 from ..structures import Full

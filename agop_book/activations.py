@@ -6,10 +6,12 @@
 __all__ = ['layer_names', 'find_layers', 'token_rows', 'context_of', 'read_layers', 'hidden_part']
 
 # %% ../nbs/workshop/activations.ipynb #8724eb97
+import numbers
+
 import torch
 from torch import nn
 
-from .arrays import check_count
+from .arrays import check_count, is_number
 from .terminal import did_you_mean
 
 # %% ../nbs/workshop/activations.ipynb #792ea35d
@@ -38,7 +40,8 @@ def find_layers(model,       # as in `layer_names`
     names = layer_names(model)
     if layers is None:
         layers = range(1, len(names) + 1)
-    asked = [layers] if isinstance(layers, (int, str)) else list(layers)
+    several = hasattr(layers, "__iter__") and not isinstance(layers, str)
+    asked = list(layers) if several else [layers]
     if not asked:
         raise ValueError(f"layers is empty: name some of 1 to {len(names)}, or pass None for all")
     return {layer: _module(model, layer, names) for layer in asked}
@@ -47,7 +50,7 @@ def find_layers(model,       # as in `layer_names`
 def _module(model, layer, names):
     "The module of one layer."
     modules = dict(model.named_modules())
-    number = isinstance(layer, int) and not isinstance(layer, bool)
+    number = is_number(layer, numbers.Integral)
     if number and 1 <= layer <= len(names): return modules[names[layer - 1]]
     if isinstance(layer, str) and layer in modules and layer: return modules[layer]
     hint = did_you_mean(layer, modules) if isinstance(layer, str) else ""
@@ -147,8 +150,8 @@ def _batches(rows, size):
     "Numbers of texts of equal length, at most `size` at a time."
     lengths = torch.tensor([len(row) for row in rows])
     for length in lengths.unique():
-        for numbers in (lengths == length).nonzero()[:, 0].split(size):
-            yield numbers.tolist()
+        for part in (lengths == length).nonzero()[:, 0].split(size):
+            yield part.tolist()
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ __all__ = ['END', 'CONCEPTS', 'carries', 'made_story', 'made_language', 'story_l
 
 # %% ../../nbs/book/concepts.ipynb #8de9badd
 import re
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -97,6 +98,7 @@ def made_language(n: int = 300     # stories
                     f"{n} stories made by a grammar")
 
 
+@cache
 def story_language() -> Language:
     "A GPT-2 that writes stories: on TinyStories, or at quick scale and offline on made-up ones."
     if pick(quick=True, book=False): return made_language()

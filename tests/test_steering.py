@@ -397,14 +397,15 @@ def test_learning_warns_of_nothing():
 
 @text
 def test_concepts_that_a_program_can_check():
-    from agop_book.book.concepts import CONCEPTS, END, balanced, carries, labels
+    from agop_book.book.concepts import CONCEPTS, END, balanced_pieces, carries, concept_labels
 
     assert carries("food", ["two cookies", "cookiecutter"]).tolist() == [True, False]
     assert carries("names", ["Tim ran.", "Time ran."]).tolist() == [True, False]
     assert carries("present tense", ["I don't know.", "He went."]).tolist() == [True, False]
     table = pd.DataFrame({"text": ["a dog", "a tree"] * 8, "next": [END] * 4 + ["more"] * 12})
-    assert labels("ending soon", table).sum() == 4 and labels("animals", table).sum() == 8
-    some, y = balanced("ending soon", table, 100, 0)
+    assert concept_labels("ending soon", table).sum() == 4
+    assert concept_labels("animals", table).sum() == 8
+    some, y = balanced_pieces("ending soon", table, 100, 0)
     assert len(some) == 8 and y.sum() == 4 and (some.index < 4).sum() == 4
     assert len(CONCEPTS) == 6
 

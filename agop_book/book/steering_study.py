@@ -17,18 +17,18 @@ from sklearn.linear_model import LinearRegression
 from sklearn.metrics import roc_auc_score
 
 from ..activations import read_layers
-from .concepts import CONCEPTS, balanced, carries, continuations, labels, pieces
-from .concepts import story_language
+from ..agop import agop, top_directions
+from .concepts import CONCEPTS, balanced_pieces, carries, concept_labels
+from .concepts import continuations, story_language, story_pieces
 from .run import pick
 from .sweep import sweep
 from ..hub import load_transformers, minilm_folder, pretrained
-from ..agop import agop, top_directions
-from ..steering import METHODS, Concept, rfm_machine, state_direction, steer
+from ..steering import METHODS, learn_concept, rfm_machine, state_direction, steer
 
 # %% ../../nbs/book/steering_study.ipynb #f1512a55
 class Readings(NamedTuple):
     "States of pieces of stories in every layer of a model."
-    train: pd.DataFrame    # of `pieces`
+    train: pd.DataFrame    # of `story_pieces`
     states: dict           # layer -> (n, d)
     held: pd.DataFrame
     held_states: dict
@@ -40,7 +40,7 @@ def read_pieces(name: str    # "GPT-2" or "MiniLM"
                 ) -> Readings:
     "Up to 4,000 pieces of training and all held-out ones, as a model reads them."
     language = story_language()
-    train, held = (_some(pieces(language, split), most)
+    train, held = (_some(story_pieces(language, split), most)
                    for split, most in (("train", 4000), ("test", 3000)))
     if name == "MiniLM":
         folder = minilm_folder()
@@ -64,12 +64,12 @@ def monitor_run(model: str,     # "GPT-2" or "MiniLM"
                 ) -> dict:
     "AUC on held-out pieces by method and layer, 'all' for all layers together."
     reads = read_pieces(model)
-    some, y = balanced(concept, reads.train, n, seed)
-    truth = labels(concept, reads.held)
+    some, y = balanced_pieces(concept, reads.train, n, seed)
+    truth = concept_labels(concept, reads.held)
     states = {layer: X[some.index] for layer, X in reads.states.items()}
     auc = {}
     for method in METHODS:
-        learned = Concept.learn(states, y, method, seed)
+        learned = learn_concept(states, y, method, seed)
         mine, theirs = (learned.scores(s) for s in (states, reads.held_states))
         theirs["all"] = LinearRegression().fit(mine.to_numpy(), y).predict(theirs.to_numpy())
         auc[method] = {layer: float(roc_auc_score(truth, theirs[layer])) for layer in theirs}
@@ -94,8 +94,8 @@ def linear_run(concept: str,   # a name in `CONCEPTS`
                ) -> dict:
     "The first eigenvalue's share, and AUC of predictions, of the direction and of logistic."
     reads = read_pieces("GPT-2")
-    some, y = balanced(concept, reads.train, n, seed)
-    truth = labels(concept, reads.held)
+    some, y = balanced_pieces(concept, reads.train, n, seed)
+    truth = concept_labels(concept, reads.held)
     X, new = reads.states[layer][some.index].double(), reads.held_states[layer].double()
     X, new = X - X.mean(0), new - X.mean(0)
     machine, A = rfm_machine(X, np.where(y, 1.0, -1.0), True, seed)
@@ -135,9 +135,9 @@ def tradeoff_run(concept: str,      # a name in `CONCEPTS`
                  ) -> dict:
     "By strength: share of texts with the concept, price, variety, and the first text."
     language, reads = story_language(), read_pieces("GPT-2")
-    some, y = balanced(concept, reads.train, n, seed)
+    some, y = balanced_pieces(concept, reads.train, n, seed)
     states = {layer: X[some.index] for layer, X in reads.states.items()}
-    learned = Concept.learn(states, y, method, seed, model=language.model)
+    learned = learn_concept(states, y, method, seed, model=language.model)
     starts = torch.tensor(reads.held["ids"].sample(prompts, random_state=seed).tolist())[:, :8]
     calm = language.perplexity(n=24)
     found = {"share": [], "price": [], "variety": [], "text": []}

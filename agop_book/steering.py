@@ -59,17 +59,13 @@ def _logistic(X, y, seed):
     return torch.from_numpy(found.coef_[0])
 
 
-def _random(X, y, seed):
-    return torch.from_numpy(np.random.RandomState(seed).normal(size=X.shape[1]))
-
-
 _METHODS = {
     "rfm": lambda X, y, seed: rfm_direction(X, y, False, seed),
     "whitened rfm": lambda X, y, seed: rfm_direction(X, y, True, seed),
     "logistic": _logistic,
     "difference": lambda X, y, seed: X[y > 0].mean(0) - X[y < 0].mean(0),
     "pca": lambda X, y, seed: torch.linalg.svd(X, full_matrices=False)[2][0],
-    "random": _random,
+    "random": lambda X, y, seed: torch.from_numpy(np.random.RandomState(seed).normal(size=len(X.T))),
 }
 METHODS = list(_METHODS)
 
@@ -168,11 +164,17 @@ def concept_directions(model,                  # of transformers or the like, in
 directions = concept_directions     # not in __all__: agop_book.explain has a function of this name
 
 # %% ../nbs/19_steering.ipynb #cf290199
+def _usable(concept):
+    "The concept, if it is one that belongs to a model; else a TypeError."
+    if isinstance(getattr(concept, "model", None), torch.nn.Module): return concept
+    raise TypeError(f"concept must be what directions(model, texts, labels) gives, got {concept!r}")
+
+
 def monitor(concept: Concept,      # of `directions`
             texts                  # list of str, or of token numbers
             ) -> pd.DataFrame:     # one row for each text, one column for each layer
     "How strongly texts carry a concept, in standard deviations."
-    layers = list(concept.vectors)
+    layers = list(_usable(concept).vectors)
     states = read_layers(concept.model, texts, layers, tokens=concept.tokens, at=concept.at)
     return concept.scores(states)
 
@@ -185,10 +187,11 @@ def steer(concept: Concept,   # of `directions`
     "Inside, the layers of the concept's model are pushed along its directions; nests add up."
     if not is_number(strength) or not np.isfinite(strength):
         raise ValueError(f"strength={strength!r}: must be a finite number, such as 0.1")
-    modules = find_layers(concept.model, list(concept.vectors) if layers is None else layers)
+    own = list(_usable(concept).vectors)
+    modules = find_layers(concept.model, own if layers is None else layers)
     if unknown := [layer for layer in modules if layer not in concept.vectors]:
         raise ValueError(f"layers: the concept has no direction in {unknown[0]!r}, only in"
-                         f" {', '.join(map(repr, concept.vectors))}")
+                         f" {', '.join(map(repr, own))}")
     with ExitStack() as hooks:
         for layer, module in modules.items():
             push = strength * concept.lengths[layer] * concept.vectors[layer]

@@ -377,6 +377,14 @@ class Odd(nn.Module):
         return self.head(ids)
 
 
+@pytest.mark.parametrize("concept", ["animals", None, Concept({}, {}, {}, {})])
+def test_what_is_no_concept_of_a_model(concept):
+    with pytest.raises(TypeError, match="concept must be what directions"):
+        monitor(concept, TEXTS)
+    with pytest.raises(TypeError, match="concept must be what directions"), steer(concept, 1.0):
+        pass
+
+
 def test_a_model_in_half_precision_is_pushed_in_its_own(net):
     concept = learned(net)
     net.bfloat16()

@@ -58,7 +58,7 @@ def auc_by_method(results: pd.DataFrame   # of `monitor_study`
         whole = table[(table["layer"] == "all") & (table["model"] == model) & (table["n"] == n)]
         gaps = aucs.sub(aucs["logistic"], axis=0)
         for method in METHODS:
-            rows[f"{model}, {n} pieces: {method}"] = {
+            rows[f"{model}, {n} pieces, {method}"] = {
                 "best layer": aucs[method].mean(),
                 "deviation over seeds": aucs[method].groupby("concept").std().mean(),
                 "all layers": whole.loc[whole["method"] == method, "auc"].mean(),

@@ -65,7 +65,7 @@ _METHODS = {
     "logistic": _logistic,
     "difference": lambda X, y, seed: X[y > 0].mean(0) - X[y < 0].mean(0),
     "pca": lambda X, y, seed: torch.linalg.svd(X, full_matrices=False)[2][0],
-    "random": lambda X, y, seed: torch.from_numpy(np.random.RandomState(seed).normal(size=len(X.T))),
+    "random": lambda X, y, s: torch.from_numpy(np.random.RandomState(s).normal(size=len(X.T))),
 }
 METHODS = list(_METHODS)
 

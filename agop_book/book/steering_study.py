@@ -80,10 +80,10 @@ def monitor_study() -> pd.DataFrame:
     "A row for each model, concept, number of pieces and seed."
     models = ["GPT-2"] + (["MiniLM"] if pick(quick=False, book=minilm_folder()) else [])
     concepts = pick(quick=["animals", "direct speech", "ending soon"], book=list(CONCEPTS))
+    sizes, seeds = pick(quick=([80], 2), book=([100, 400], 5))
     grid = [{"model": model, "concept": concept, "n": n, "seed": seed}
-            for model in models for n in pick(quick=[80], book=[100, 400])
-            for concept in concepts for seed in range(pick(quick=2, book=5))
-            if model == "GPT-2" or n == 400]
+            for model in models for n in (sizes if model == "GPT-2" else sizes[-1:])
+            for concept in concepts[::1 if model == "GPT-2" else 2] for seed in range(seeds)]
     return sweep("steering-monitor", monitor_run, grid, version="1")
 
 # %% ../../nbs/book/steering_study.ipynb #70da0fac

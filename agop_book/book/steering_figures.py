@@ -121,9 +121,11 @@ def draw_tradeoff(results: pd.DataFrame   # of `tradeoff_study`
                   ):                      # matplotlib Figure
     "Share of texts with the concept over the price, a panel for each concept."
     concepts = list(results["concept"].unique())
-    columns = 2
+    most = min(2.5, max(max(price) for price in results["price"]))
+    columns = min(2, len(concepts))
     rows = -(-len(concepts) // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(8.5, 0.6 + 2.9 * rows), squeeze=False)
+    fig, axes = plt.subplots(rows, columns, figsize=(8.5, 0.6 + 2.9 * rows), sharey=True,
+                             squeeze=False)
     for ax, concept in zip(axes.flat, concepts):
         for method in METHODS:
             part = results[(results["concept"] == concept) & (results["method"] == method)]
@@ -133,7 +135,7 @@ def draw_tradeoff(results: pd.DataFrame   # of `tradeoff_study`
             ax.plot(along, middle, "o-", color=_COLOURS[method], label=method)
             ax.fill_between(along, middle - spread, middle + spread, lw=0, alpha=0.15,
                             color=_COLOURS[method])
-        ax.set(title=concept, xlabel="price: perplexity over that without a push", xlim=(0.98, 2.5),
-               ylim=(0, 1), ylabel="share of texts with it")
+        ax.set(title=concept, xlabel="price: perplexity over that without a push",
+               xlim=(1 - 0.02 * (most - 1), most), ylim=(0, 1), ylabel="share of texts with it")
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     return fig

@@ -62,21 +62,22 @@ _THINGS = "ball box car doll hat kite stone toy tree".split()
 _PLACES = "beach forest garden house park shop".split()
 _SOME = {"a": _ANIMALS[1:16:2], "f": _FOOD[:20:3], "t": _THINGS, "p": _PLACES}
 _SENTENCES = [
-    "{who} went to the {p}.", "{who} saw a {a}.", "The {a} was big.", "{who} played with the {a}.",
-    "{who} ate the {f}.", "There was a {f} on the table.", "{who} gave the {f} to a friend.",
-    "{who} found a {t}.", "The {t} was red.", "{who} lost the {t} at the {p}.", "It rained.",
-    '{who} said, "I like the {t}."', '{who} said, "I want to go."', "Everybody looked up.",
+    ["{who} saw a {a}.", "The {a} was big.", "{who} played with the {a}.", "The {a} ran away."],
+    ["{who} ate the {f}.", "There was a {f} on the table.", "{who} gave the {f} to a friend."],
+    ["{who} found a {t}.", "The {t} was red.", "{who} lost the {t} at the {p}.", "It rained."],
+    ['{who} said, "I like it."', '"I want to go," said {who}.', '{who} asked, "What is this?"'],
 ]
 
 
 def made_story(rng   # numpy's Generator
                ) -> str:
-    "A story of a child and what happens to it, in simple sentences."
+    "A story of a child in simple sentences, with two themes of four: animals, food, things, talk."
     name = str(rng.choice(_NAMES[::6]))
     child, pronoun = f"a {rng.choice(['boy', 'girl', 'child'])}", rng.choice(["He", "She"])
     named = rng.random() < 0.5
     parts = [f"One day there was {child} named {name}." if named else f"One day there was {child}."]
-    for sentence in rng.choice(_SENTENCES, rng.integers(8, 14)):
+    themes = rng.choice(len(_SENTENCES), 2, replace=False)
+    for sentence in rng.choice(sum((_SENTENCES[k] for k in themes), []), rng.integers(8, 14)):
         who = name if named and rng.random() < 0.5 else pronoun
         some = {key: rng.choice(words) for key, words in _SOME.items()}
         parts.append(sentence.format(who=who, **some))

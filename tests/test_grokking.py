@@ -10,7 +10,7 @@ import torch
 from kernel_contract import FORMULAS, KernelContract
 from PIL import Image
 
-from agop_book.book.grokking_features import PLANTED, network_run, planted_metric, planted_run
+from agop_book.book.grokking_features import PLANTED, planted_metric, planted_run, squares_run
 from agop_book.book.grokking_figures import block_film
 from agop_book.book.grokking_study import grokking_run, latin_square, named_table, rounds_to
 from agop_book.grokking import (
@@ -292,7 +292,7 @@ def test_rounds_to_a_level():
 
 
 def test_a_network_is_followed():
-    run = pd.DataFrame(network_run(7, 1.0, 0, 20, 10))
+    run = pd.DataFrame(squares_run(7, 1.0, 0, 20, 10))
     assert list(run["epoch"]) == [0, 10, 20] and run.drop(columns="epoch").abs().max().max() <= 1
     assert run["train"].iloc[-1] > run["train"].iloc[0]
 

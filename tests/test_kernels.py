@@ -34,7 +34,7 @@ class TestEveryKernel(KernelContract):
 
 
 def test_every_registered_kernel_has_a_formula_in_the_contract():
-    assert set(KERNELS.values()) == set(FORMULAS)
+    assert set(KERNELS.values()) <= set(FORMULAS)      # tests of other kernels add theirs
     assert {type(kernel) for kernel in MORE} <= set(KERNELS.values())
 
 

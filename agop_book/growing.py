@@ -17,7 +17,7 @@ from .crossfit import unit_metric
 from .directions import cuts
 from .kernels import Kernel
 from .matrices import cosine, matrix_power
-from .nystrom import usual_centers
+from .nystrom import STOP, usual_centers
 from .partfit import Fitted, Sample, fit_part
 from .partials import Block
 
@@ -73,7 +73,7 @@ _SOFT = 0.3          # of the trace: less hides weak directions, more blurs thos
 def softened(M: torch.Tensor,      # (p,) or (p, p)
              share: float = _SOFT   # of the trace, for the identity
              ) -> torch.Tensor:
-    "Seven tenths of a matrix and three of the identity, by their traces."
+    "A matrix with a share of the identity, by their traces."
     if M.ndim == 1: return (1 - share) * M / M.sum() + share / len(M)
     eye = torch.eye(len(M), dtype=M.dtype, device=M.device)
     return (1 - share) * M / M.trace() + share / len(M) * eye
@@ -84,7 +84,6 @@ _CENTERS = 2000      # at most, while M is learned
 _TURNED = 0.9995     # cosine of two matrices in a row: from there on M no longer turns
 _BETTER = 0.01       # of the loss: what a change has to win
 _ROUNDING = 0.2      # of the stated error: more would decide between what is tried
-_STOP = 0.25         # of the stated error: where conjugate gradients may stop
 _FEW = 4096          # rows, for which single precision saves next to nothing
 _BEFORE_DENSE = 4096   # centres that are tried where every row may be one
 _HOPE = 1.5          # times the best loss: what more rounds might make up for
@@ -136,10 +135,10 @@ class Growth:
     def _precise(self, options, double):
         "A fit in single precision, and from there in double where that is not enough."
         if not double:
-            fit = fit_part(self.sample, error=_STOP * self.error, **options)
+            fit = fit_part(self.sample, error=STOP * self.error, **options)
             if fit.rounding < _ROUNDING * self.error: return fit
             options["start"] = fit.machine.coef
-        return fit_part(self.sample, error=_STOP * self.error, dtype=torch.float64, **options)
+        return fit_part(self.sample, error=STOP * self.error, dtype=torch.float64, **options)
 
     def _row(self, stage, fit, seconds):
         "A row of history."

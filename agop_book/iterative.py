@@ -15,7 +15,7 @@ from .arrays import is_count
 from .directions import ProjectedMachine, directions_of
 from .memory import plan
 from .metrics import Shared
-from .nystrom import Falkon, usual_centers
+from .nystrom import STOP, Falkon, usual_centers
 from .parameters import Nested, positive
 from .partials import Block, LocalParts
 from .solvers import SOLVERS, Fit, Solver
@@ -119,7 +119,7 @@ class NystromSolver(Solver):
         tiles = tiles_for(self.kernel, z[self.chosen], len(z), _ROOM)
         solver = Falkon(tiles, parts, total, self.squares, reg)
         step = solver.start(self.coef)
-        for step in solver.steps(step, self.options.error / 4):
+        for step in solver.steps(step, STOP * self.options.error):
             continue
         self.coef = solver.coef(step.beta)
         return solver, self.coef

@@ -29,7 +29,7 @@ from .folds import DistinctRows
 from .growing import Growth
 from .iterative import DENSE_ROWS, Nystrom, solver_of
 from .modelfiles import kernel_from_header
-from .nystrom import Falkon
+from .nystrom import STOP, Falkon
 from .partfit import Sample
 from .partials import Block, ClusterParts, LocalParts
 from .preparing import Prepared, StreamedBlocks, total_squares, total_weight
@@ -239,7 +239,7 @@ class ManyRowsRFM(ChoosingRFM):
         step = job.step() or solver.start(best.machine.coef)
         try:
             with tqdm(disable=not self.verbose, desc="all rows", unit="pass") as bar:
-                for step in solver.steps(step, job.options.error / 4):
+                for step in solver.steps(step, STOP * job.options.error):
                     bar.set_postfix(residual=f"{step.residual:.1e}")
                     bar.update()
                     job.after_pass(step)

@@ -41,8 +41,8 @@ def _(kernel: Matern32, r, spare):
     return torch.addcmul(decay, minus_s, decay, value=-1, out=r)
 
 # %% ../nbs/workshop/tiles.ipynb #5b0cc72b
-_BYTES = 2**21   # of a tile: larger ones leave the caches, smaller ones pay for each call
-_TILES = 64      # whose rows are made ready together
+_BYTES = 2**21     # of a tile: larger ones leave the caches, smaller ones pay for each call
+_TILES = 64        # whose rows are made ready together
 _FAR = 30.0        # bandwidths from the middle: at most 1 % of a bandwidth is then rounded away
 
 

@@ -111,7 +111,7 @@ def draw_circulant(blocks: pd.DataFrame,    # of `blocks_study`
                    planted: pd.DataFrame    # of `planted_study`
                    ):                       # matplotlib Figure
     "Eight blocks of M, and test accuracies of metrics that were put in."
-    fig = plt.figure(figsize=(11, 4.8))
+    fig = plt.figure(figsize=(11, 5.4))
     grid = fig.add_gridspec(2, 5, width_ratios=[1, 1, 1, 1, 1.5])
     for k, (title, block) in enumerate(_panels(blocks)):
         ax = fig.add_subplot(grid[divmod(k, 4)])

@@ -162,7 +162,7 @@ def soft_run(soft: float,   # share of the identity in the metric while M is lea
 
 def soft_study() -> pd.DataFrame:
     "With and without the softened metric, among a hundred features."
-    n = pick(quick=3000, book=32_000)
+    n = pick(quick=1500, book=32_000)
     grid = [{"soft": soft, "n": n, "seed": seed}
             for seed in range(pick(quick=1, book=3)) for soft in (0.0, 0.3)]
     return sweep("scale-soft", soft_run, grid, version="1")

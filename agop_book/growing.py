@@ -87,7 +87,8 @@ _ROUNDING = 0.2      # of the stated error: more would decide between what is tr
 _FEW = 4096          # rows, for which single precision saves next to nothing
 _BEFORE_DENSE = 4096   # centres that are tried where every row may be one
 _HOPE = 1.5          # times the best loss: what more rounds might make up for
-_CHOOSE_ON = 20_000  # rows at most: what to cut, and bandwidth and ridge, show on so many
+_CHOOSE_ON = 10_000  # rows at most: what to cut, and bandwidth and ridge, show on so many
+_WIDEN_ON = 20_000   # rows at most: how many centres pay
 
 
 @dataclass
@@ -235,7 +236,11 @@ class Growth:
     def widen(self, centers=None   # so many in any case; None: as many as pay
               ):
         "Doubles the centres of the best fit, until that wins less than the stated error."
-        rows = min(len(self.sample.x), _CHOOSE_ON)
+        rows = min(len(self.sample.x), _WIDEN_ON)
+        if rows != self.best.rows:
+            best, self.best = self.best, None
+            self.fit("rows", best.M, rows, kernel=best.kernel, reg=best.reg,
+                     start=best.machine.coef)
         if centers is not None:
             self.best = self._with_centers(min(centers, rows))
         else:

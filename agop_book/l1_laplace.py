@@ -16,6 +16,10 @@ from .parameters import positive
 from .points import COLUMNS, Points, blocks
 
 # %% ../nbs/workshop/l1_laplace.ipynb #bdba54ca
+_NUMBERS = {"cpu": 2**17}   # of a tile in `gradient`: it stays in cache for all features
+_MORE = 2**24               # elsewhere: a product for each feature is worth its launch
+
+
 @dataclass(frozen=True)
 class L1Laplace(Kernel):
     "exp(-sum_j m_j |x_j - z_j| / L), a product over features; M is a diagonal m."
@@ -39,11 +43,12 @@ class L1Laplace(Kernel):
 
     def gradient(self, left, right, coef):
         "m_j / L sum_i coef_i sign(z_ij - x_j) k(x, z_i), feature by feature; 0 where x_j = z_ij."
-        J = coef.new_zeros(len(left), coef.shape[1], left.x.shape[1])
+        J = coef.new_zeros(left.x.shape[1], len(left), coef.shape[1])
+        some = _NUMBERS.get(J.device.type, _MORE) // max(1, min(len(right), COLUMNS))
         for cols in blocks(len(right), COLUMNS):
-            z, a = right[cols], coef[cols]
-            K, _ = self.tile(left, z)
-            for j in range(J.shape[2]):
-                sign = torch.sign(z.x[:, j] - left.x[:, j, None])
-                J[:, :, j] += (sign * K) @ a
-        return apply_metric(J, left.M) * safe_rate(1 / self.bandwidth, J)
+            z, a = right.x[cols].T.contiguous(), coef[cols]
+            for rows in blocks(len(left), max(1, some)):
+                K, _ = self.tile(left[rows], right[cols])
+                for j, x in enumerate(left.x[rows].T):
+                    J[j, rows] += (z[j] - x[:, None]).sign_().mul_(K) @ a
+        return apply_metric(J.permute(1, 2, 0), left.M) * safe_rate(1 / self.bandwidth, J)

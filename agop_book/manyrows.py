@@ -230,7 +230,7 @@ class ManyRowsRFM(ChoosingRFM):
     def _solve_all(self, growth, rows, n, units, job):
         "Solve on all rows with what was found, and keep it."
         best, start = growth.best, time.perf_counter()
-        if growth.starved: return self._solve_densely(growth, units, job)
+        if growth.starved: return self._solve_with_all(growth, units, job)
         parts = self._parts(rows, n, Prepared(self, best.machine, *units, job.device),
                             growth.sample)
         total, squares = (parts.sum(f) for f in (total_weight, total_squares))
@@ -249,12 +249,13 @@ class ManyRowsRFM(ChoosingRFM):
             job.solved(n, best, step, 1 - float(left), start)
             self._keep_all(best, coef, units, job.history)
 
-    def _solve_densely(self, growth, units, job):
+    def _solve_with_all(self, growth, units, job):
         "Solve with every row a centre, and keep it."
         start = time.perf_counter()
-        best, score = with_all_centers(growth.sample, growth.best)
+        best, score = with_all_centers(growth.sample, growth.best, job.options.error)
         job.history.append({"stage": "all rows", "rows": best.rows, "centers": best.rows,
-                            "reg": best.reg, "precision": "float32", "train_score": score,
+                            "reg": best.reg, "passes": best.passes, "precision": "float32",
+                            "train_score": score,
                             "seconds": time.perf_counter() - start})
         self._keep_all(best, best.machine.coef, units, job.history)
 

@@ -126,9 +126,9 @@ class NystromSolver(Solver):
 
     def _fitted(self, tiles, coef):
         "The outputs at all rows."
-        v = coef.to(self.block.x)
-        parts = [tile @ v for _, tile in tiles.of(self.block)]
-        return torch.cat(parts).to(self.X)
+        v = coef.T.contiguous().to(self.block.x)
+        parts = [v @ tile.T for _, tile in tiles.of(self.block)]
+        return torch.cat(parts, 1).T.to(self.X)
 
 
 SOLVERS["nystrom"] = Nystrom()

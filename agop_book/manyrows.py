@@ -6,6 +6,7 @@
 __all__ = ['ManyRowsRFM']
 
 # %% ../nbs/workshop/manyrows.ipynb #282c2178
+import functools
 import time
 import warnings
 
@@ -17,7 +18,7 @@ from sklearn.base import ClassifierMixin
 from sklearn.utils import check_random_state
 from tqdm import tqdm
 
-from .allcenters import can_be_centers, with_all_centers
+from .allcenters import AllCenters, can_be_centers
 from .choices import DistanceWay
 from .choosing import ChoosingRFM
 from .clusters import cluster_of, prepared_there
@@ -111,12 +112,11 @@ class ManyRowsRFM(ChoosingRFM):
         self._forget()
         try:
             self._grow(growth, job)
-            self._solve_all(growth, rows, found.n, units, job)
+            left_out = self._solve_all(growth, rows, found.n, units, job)
         finally:
             if growth.best is not None and not hasattr(self, "machine_"):
                 self._keep_all(growth.best, growth.best.machine.coef, units, job.history)
-        self._calibrate(LeftOut(growth.best.machine(sample.held.x), sample.held.Y, sample.held.w),
-                        units[0])
+        self._calibrate(left_out, units[0])
 
     # --- the sample
 
@@ -164,8 +164,9 @@ class ManyRowsRFM(ChoosingRFM):
 
     def _searched(self, X, Y, w, rng, job):
         "A design, and the units of targets, as the search chooses them on a part of the sample."
-        def design(scale, codes, rows=slice(_SEARCH)):
-            return self._design(X[rows], w[rows] / w.mean(), scale, codes)
+        @functools.cache
+        def design(scale, codes):    # of the whole sample, whose columns the M of the search fits
+            return self._design(X, w / w.mean(), scale, codes)
 
         if "trial" not in job.said:
             table = DistinctRows(X[:_SEARCH], Y[:_SEARCH], w[:_SEARCH], None, rng)
@@ -178,8 +179,7 @@ class ManyRowsRFM(ChoosingRFM):
             if job.together:
                 job.share()
         offset, unit, weight = job.said["units"]
-        chosen = design(*job.said["trial"], slice(None))
-        return chosen, (np.array(offset), np.array(unit), weight)
+        return design(*job.said["trial"]), (np.array(offset), np.array(unit), weight)
 
     def _sample(self, design, units, sampled, job):
         "The `Sample` in the columns of a design."
@@ -228,7 +228,7 @@ class ManyRowsRFM(ChoosingRFM):
     # --- the last solve
 
     def _solve_all(self, growth, rows, n, units, job):
-        "Solve on all rows with what was found, and keep it."
+        "Solve on all rows with what was found, and keep it; the `LeftOut` of a fit without some."
         best, start = growth.best, time.perf_counter()
         if growth.starved: return self._solve_with_all(growth, units, job)
         parts = self._parts(rows, n, Prepared(self, best.machine, *units, job.device),
@@ -248,16 +248,21 @@ class ManyRowsRFM(ChoosingRFM):
             left = solver.squared_errors(step).sum() / squares.sum()
             job.solved(n, best, step, 1 - float(left), start)
             self._keep_all(best, coef, units, job.history)
+        held = growth.sample.held
+        return LeftOut(best.machine(held.x), held.Y, held.w)
 
     def _solve_with_all(self, growth, units, job):
-        "Solve with every row a centre, and keep it."
+        "Solve with every row a centre, and keep it; the `LeftOut`, where it is asked for."
         start = time.perf_counter()
-        best, score = with_all_centers(growth.sample, growth.best, job.options.error)
+        searched = {"kernel": kernel_from_header(job.said["kernel"]), "reg": job.said["reg"]}
+        found = AllCenters(growth.sample, growth.best._replace(**searched), job.options.error)
+        best, score = found.fit()
         job.history.append({"stage": "all rows", "rows": best.rows, "centers": best.rows,
                             "reg": best.reg, "passes": best.passes, "precision": "float32",
                             "train_score": score,
                             "seconds": time.perf_counter() - start})
         self._keep_all(best, best.machine.coef, units, job.history)
+        return found.judged() if isinstance(self, ClassifierMixin) else None
 
     def _parts(self, rows, n, prepare, sample):
         "All rows as blocks: on the cluster that has them, or here, kept or streamed."

@@ -14,20 +14,20 @@ import torch
 from .tiles import Tiles
 
 # %% ../nbs/workshop/nystrom.ipynb #2770b777
-def _added(block, tiles, right):
-    "The sum over tiles K of K^T times weighted columns, `right(K, Y)`."
+def _added(block, tiles, left):
+    "The sum over tiles K of K^T times weighted columns, which `left(K, Y)` gives as rows."
     def part(piece, K):
-        columns = right(K, piece.Y)
-        return (K.T @ (columns if piece.w is None else piece.w[:, None] * columns)).double()
+        rows = left(K, piece.Y).contiguous()
+        return ((rows if piece.w is None else rows * piece.w) @ K).double()
 
-    return sum(part(piece, K) for piece, K in tiles.of(block))
+    return sum(part(piece, K) for piece, K in tiles.of(block)).T.contiguous()
 
 
 def moments(block,         # `Block`
             tiles: Tiles   # of its rows with m centres
             ) -> torch.Tensor:   # float64 (m, c)
     "K^T W Y."
-    return _added(block, tiles, lambda K, Y: Y)
+    return _added(block, tiles, lambda K, Y: Y.T)
 
 
 def normal_products(block,            # `Block`
@@ -35,7 +35,8 @@ def normal_products(block,            # `Block`
                     v: torch.Tensor   # (m, c)
                     ) -> torch.Tensor:   # float64 (m, c)
     "K^T W K v."
-    return _added(block, tiles, lambda K, Y: K @ v)
+    v = v.T.contiguous()
+    return _added(block, tiles, lambda K, Y: v @ K.T)
 
 
 def both_sides(block,            # `Block`
@@ -43,7 +44,8 @@ def both_sides(block,            # `Block`
                v: torch.Tensor   # (m, c)
                ) -> torch.Tensor:   # float64 (m, 2c)
     "K^T W Y and K^T W K v, beside each other, for one making of the tiles."
-    return _added(block, tiles, lambda K, Y: torch.cat([Y, K @ v], 1))
+    v = v.T.contiguous()
+    return _added(block, tiles, lambda K, Y: torch.cat([Y.T, v @ K.T]))
 
 # %% ../nbs/workshop/nystrom.ipynb #6641a123
 STOP = 0.25      # of the stated error: where conjugate gradients may stop

@@ -79,7 +79,9 @@ _GAIN = 0.005    # of the loss: a round that gains less is the last of a walk
 # %% ../nbs/workshop/choices.ipynb #aa2e1409
 @dataclass
 class TableSearch:
-    "Tries ways on left-out rows; `best` is the `Found` of least loss, `rows` a dict for each fit."
+    """Tries ways on left-out rows; `rows` has a dict for each fit.
+
+    `best` is the `Found` of least loss, `leaders` that of each class of kernels."""
 
     designs: Callable         # (scale, codes) -> rows (n, p), a tensor
     Y: torch.Tensor           # (n, c)
@@ -93,8 +95,13 @@ class TableSearch:
     relative: bool = True     # bandwidths count typical distances, and M is scaled
     step: Callable = int      # called after each fit, for a progress bar; int() does nothing
     start: tuple | None = None      # of the ridges, those to begin a walk with; None: all
-    best: Found = None
+    leaders: dict = field(default_factory=dict)
     rows: list = field(default_factory=list)
+
+    @property
+    def best(self) -> Found | None:
+        "The `Found` of least loss; None before the first fit."
+        return min(self.leaders.values(), key=lambda found: found.loss, default=None)
 
     def run(self,
             scales: list,     # (scale, codes) to choose from by the first way without rounds
@@ -152,8 +159,9 @@ class TableSearch:
             "codes": bool(trial.codes),
             "seconds": time.perf_counter() - begun,
         })
-        if self.best is None or found.loss < self.best.loss:
-            self.best = found
+        leader = self.leaders.get(type(kernel))
+        if leader is None or found.loss < leader.loss:
+            self.leaders[type(kernel)] = found
         self.step()
 
 

@@ -108,6 +108,7 @@ class ManyRowsRFM(ChoosingRFM):
         X, Y, w = self._of_sample(found)
         design, units = self._searched(X, Y, w, np.random.RandomState(seed), job)
         sample = self._sample(design, units, (X, Y, w), job)
+        job.choose(sample)
         growth = self._growth(sample, design, found.n, job)
         self._forget()
         try:
@@ -168,18 +169,21 @@ class ManyRowsRFM(ChoosingRFM):
         def design(scale, codes):    # of the whole sample, whose columns the M of the search fits
             return self._design(X, w / w.mean(), scale, codes)
 
-        if "trial" not in job.said:
+        if "trials" not in job.said:
             table = DistinctRows(X[:_SEARCH], Y[:_SEARCH], w[:_SEARCH], None, rng)
             plan = self._plan_search(table, table.folds, job.device, design)
+            if job.together:     # the first way is everybody's, since it judges the scales
+                share = slice(1 + dist.get_rank(), None, dist.get_world_size())
+                plan = plan._replace(ways=plan.ways[:1] + plan.ways[share])
             self._run_search(plan)
             job.history += [{"stage": "search", **row} for row in plan.search.rows]
             offset = np.zeros(Y.shape[1]) if plan.offset is None else plan.offset
             units = [offset.tolist(), plan.unit.tolist(), float(self._unit_weight(table))]
-            job.searched(plan.search.best, units)
+            job.searched(plan.search.leaders, units)
             if job.together:
                 job.share()
         offset, unit, weight = job.said["units"]
-        return design(*job.said["trial"]), (np.array(offset), np.array(unit), weight)
+        return design(*job.said["trials"][0]["trial"]), (np.array(offset), np.array(unit), weight)
 
     def _sample(self, design, units, sampled, job):
         "The `Sample` in the columns of a design."
@@ -217,7 +221,7 @@ class ManyRowsRFM(ChoosingRFM):
             growth.step = note
             if "best" in job.said:
                 job.restore(growth)
-            if job.said["stage"] not in ("search", "rounds"): return
+            if job.said["stage"] != "rounds": return
             for M in growth.rounds(M, job.said.get("round", 0)):
                 job.after_round(growth, M)
             growth.cut(M, job.progress.arrays["first M"].to(M.device))
@@ -254,13 +258,11 @@ class ManyRowsRFM(ChoosingRFM):
     def _solve_with_all(self, growth, units, job):
         "Solve with every row a centre, and keep it; the `LeftOut`, where it is asked for."
         start = time.perf_counter()
-        searched = {"kernel": kernel_from_header(job.said["kernel"]), "reg": job.said["reg"]}
-        found = AllCenters(growth.sample, growth.best._replace(**searched), job.options.error)
-        best, score = found.fit()
-        job.history.append({"stage": "all rows", "rows": best.rows, "centers": best.rows,
-                            "reg": best.reg, "passes": best.passes, "precision": "float32",
-                            "train_score": score,
-                            "seconds": time.perf_counter() - start})
+        kernel, reg = kernel_from_header(job.said["kernel"]), job.said["reg"]
+        found = AllCenters(growth.sample, kernel, growth.best.M, reg, job.options.error)
+        machine, step, score = found.fit()
+        best = growth.best._replace(machine=machine, reg=reg)
+        job.solved(len(found.x), best, step, score, start)
         self._keep_all(best, best.machine.coef, units, job.history)
         return found.judged() if isinstance(self, ClassifierMixin) else None
 

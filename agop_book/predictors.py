@@ -25,7 +25,7 @@ from .jacobians import check_optional, pullbacks, random_signs
 from .machines import KernelMachine
 from .memory import plan
 from .points import TILE, blocks
-from .processes import from_first
+from .processes import from_one
 
 # %% ../nbs/workshop/predictors.ipynb #dfbc4c93
 def scores(f    # fitted estimator, pipeline, torch module, or numpy function
@@ -144,7 +144,7 @@ class Pullbacks(Way):
 
     def _seed_of_process(self, seed):
         "One seed for all, where their signs must be equal; else each its own."
-        shared = int(from_first(torch.tensor(seed)))
+        shared = int(from_one(torch.tensor(seed)))
         return shared + (0 if self.options.center else 2**31 * torch.distributed.get_rank())
 
     def jacobians(self, x):

@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .allcenters import kernel_loss
 from .choosing import mean_metric
 from .files import check_writable, load_arrays, save_arrays
 from .modelfiles import kernel_from_header, kernel_to_header
 from .nystrom import Step
 from .processes import is_distributed
-from .sharing import said_by_first
+from .sharing import said_by, said_by_all
 
 # %% ../nbs/workshop/progress.ipynb #5156575a
 _KIND = "unfinished fit"
@@ -78,6 +79,9 @@ class FitProgress:
             Path(self.path).unlink(missing_ok=True)
 
 # %% ../nbs/workshop/progress.ipynb #65740ab6
+_NEAR = 1.1   # times the least loss: on two thousand rows a better kernel may seem so much worse
+
+
 class FitJob:
     "The options of a fit, where it is done, its history, and its progress."
 
@@ -94,18 +98,58 @@ class FitJob:
 
     def share(self):
         "What the first process has found becomes what all have found."
-        found, self.progress.arrays = said_by_first(self.said, self.progress.arrays)
+        found, self.progress.arrays = said_by(self.said, self.progress.arrays)
         self.said.clear()
         self.said.update(found)
         self.history = self.said["history"]
 
-    def searched(self, best, units):
-        "The search is done."
-        trial = best.trial
-        M = mean_metric([M.double() for M in best.Ms])
-        self.progress.save({"M": M, "first M": M}, stage="search", units=units,
-                           trial=[trial.scale, trial.codes], metric=trial.way.metric,
-                           kernel=kernel_to_header(trial.way.kernel), reg=best.reg)
+    def searched(self, leaders,   # of the search, of this process
+                 units            # of targets
+                 ):
+        "The search is done; with what others have found, those that may be best are kept."
+        trials, arrays = [], {}
+        for k, found in enumerate(leaders.values()):
+            trial = found.trial
+            trials.append({"loss": found.loss, "trial": [trial.scale, trial.codes],
+                           "metric": trial.way.metric, "reg": found.reg,
+                           "kernel": kernel_to_header(trial.way.kernel)})
+            arrays[str(k)] = mean_metric([M.double() for M in found.Ms])
+        found = {"trials": trials, "history": self.history}
+        every = said_by_all(found, arrays) if self.together else [(found, arrays)]
+        trials = [(trial, arrays[str(k)]) for said, arrays in every
+                  for k, trial in enumerate(said["trials"])]
+        trials = _may_be_best(trials)
+        self.history[:] = _without_repeats([row for said, _ in every for row in said["history"]])
+        self.progress.save({f"M {k}": M for k, (_, M) in enumerate(trials)}, stage="search",
+                           units=units, trials=[trial for trial, _ in trials])
+
+    def choose(self, sample   # `Sample`
+               ):
+        "Go on with the trial whose kernel does best on more rows than the search has seen."
+        if self.said["stage"] != "search": return
+        trials = self.said["trials"]
+        losses = [self._loss(k, trial, sample) for k, trial in enumerate(trials)]
+        k = losses.index(min(losses))
+        M = self.progress.arrays[f"M {k}"]
+        self.progress.save({"M": M, "first M": M}, stage="rounds", **trials[k])
+
+    def _loss(self, k, trial, sample):
+        "The loss of a trial, noted; where there is one only, none is needed."
+        if len(self.said["trials"]) == 1: return 0.0
+        start, kernel = time.perf_counter(), kernel_from_header(trial["kernel"])
+        M = self.progress.arrays[f"M {k}"].to(sample.x.device)
+        loss = kernel_loss(sample, kernel, M, trial["reg"], self.options.error)
+        self.history.append({
+            "stage": "kernel",
+            "loss": loss,
+            "val_score": 1 - loss / sample.variance(),
+            "kernel": trial["kernel"]["name"],
+            "bandwidth": getattr(kernel, "bandwidth", None),
+            "reg": trial["reg"],
+            "metric": trial["metric"],
+            "seconds": time.perf_counter() - start,
+        })
+        return loss
 
     def note(self, row):
         "A row of history from `Growth`."
@@ -162,3 +206,19 @@ class FitJob:
         arrays = self.progress.arrays
         where = (arrays[name].to(self.device) for name in ("beta", "r", "direction"))
         return Step(self.said["number"], self.said["residual"], *where)
+
+
+def _may_be_best(trials):
+    "Of pairs of a trial and its M the best of each kernel whose loss is near the least, in order."
+    trials = sorted(trials, key=lambda pair: pair[0]["loss"])
+    first, best = {}, trials[0][0]
+    for trial, M in trials:
+        if trial["loss"] <= _NEAR * best["loss"] and trial["trial"] == best["trial"]:
+            first.setdefault(trial["kernel"]["name"], (trial, M))
+    return list(first.values())
+
+
+def _without_repeats(rows):
+    "Rows of history; where several processes have tried the same, once."
+    same = ("stage", "round", "kernel", "bandwidth", "metric", "scale", "codes")
+    return list({tuple(row[name] for name in same): row for row in rows[::-1]}.values())[::-1]

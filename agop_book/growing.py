@@ -245,8 +245,8 @@ class Growth:
             self.best = self._with_centers(min(centers, rows))
         else:
             self.starved = self._doubled(min(self.most, rows // 2)) and self.dense
-        if self.best.machine.coef.dtype != torch.float64 and not self.starved:
-            self.best = self._with_centers(len(self.best.machine.centers), True)
+        if not self.starved:
+            self.best = self.best.in_double()
 
     def _doubled(self, most):
         "Double the centres while that pays; whether it still did at the end."

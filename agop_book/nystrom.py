@@ -83,7 +83,7 @@ class Falkon:
         self.reg = reg
         self.total = total
         self.T = _factor_between(tiles) if T is None else T
-        self.A = _factor(_outer(self.T, parts).mul_(total / len(self.T)), reg)
+        self.A = _factor(_outer(self.T).mul_(total / len(self.T)), reg)
 
     def coef(self, beta: torch.Tensor) -> torch.Tensor:
         "Coefficients `(m, c)` for a solution."
@@ -169,13 +169,13 @@ def _factor(S, more):
                      "change the bandwidth.")
 
 
-def _outer(T, parts, size=512):
+def _outer(T, size=1024):
     "T T^T of an upper triangle, its upper half: a sixth of the multiplications of a product."
     S = torch.zeros_like(T)
-    for start in parts.mine(range(0, len(T), size)):
+    for start in range(0, len(T), size):
         stop = start + size
         S[:stop, start:stop] = T[:stop, start:] @ T[start:stop, start:].T
-    return parts.total(S)
+    return S
 
 
 def _solve(U, b, transposed=False):

@@ -62,7 +62,14 @@ class Fitted(NamedTuple):
     passes: int         # over the rows
     rounding: float     # what it adds to the squared errors, over the squared targets
     loss: float         # at the rows to judge by
-    T: torch.Tensor     # float64 (m, m): the Cholesky factor of the kernel between the centres
+    T: torch.Tensor | None   # float64 (m, m): the Cholesky factor between the centres
+
+    def in_double(self):
+        "The same in double precision, whose `T` is another."
+        if self.machine.coef.dtype == torch.float64: return self
+        machine = ProjectedMachine(self.machine.kernel, self.machine.centers.double(),
+                                   self.machine.coef.double(), self.M.double())
+        return self._replace(machine=machine, T=None)
 
 
 def fit_part(sample: Sample,     # whose first rows are taken

@@ -9,7 +9,6 @@ __all__ = ['Block', 'LocalParts', 'ClusterParts']
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from .extras import extra
 from .processes import all_sum, from_one
@@ -45,18 +44,7 @@ class LocalParts:
         total = 0
         for block in self.blocks:
             total = total + function(block, *args)
-        return self.total(total)
-
-    def mine(self, tasks   # the same in all processes
-             ) -> list:
-        "Those of the tasks that are this process's: a share, of what all would do alike."
-        tasks = list(tasks)
-        return tasks[dist.get_rank() :: dist.get_world_size()] if self.together else tasks
-
-    def total(self, t: torch.Tensor   # 0 where another process has done the task; lost
-              ) -> torch.Tensor:
-        "The sum over processes. RuntimeError where another process failed."
-        return all_sum(t, in_place=True) if self.together else t
+        return all_sum(total, in_place=True) if self.together else total
 
     def agree(self, t: torch.Tensor   # of one shape in all processes
               ) -> torch.Tensor:
@@ -86,15 +74,6 @@ class ClusterParts:
             total = total + _of_worker(future)
             future.release()
         return total
-
-    def mine(self, tasks   # what is done for all rows
-             ) -> list:
-        "All tasks: here is one process."
-        return list(tasks)
-
-    def total(self, t: torch.Tensor) -> torch.Tensor:
-        "`t`: see `mine`."
-        return t
 
     def agree(self, t: torch.Tensor   # anything
               ) -> torch.Tensor:

@@ -79,7 +79,7 @@ class FitProgress:
             Path(self.path).unlink(missing_ok=True)
 
 # %% ../nbs/workshop/progress.ipynb #65740ab6
-_NEAR = 1.1   # times the least loss: on two thousand rows a better kernel may seem so much worse
+_NEAR = 1.03  # times the least loss: on two thousand rows a better kernel may seem so much worse
 
 
 class FitJob:
@@ -164,7 +164,7 @@ class FitJob:
     def after(self, growth, stage, arrays=None, **said):
         "Something is done; the best fit is remembered by what it takes to fit it again."
         best = growth.best
-        double = best.machine.coef.dtype == torch.float64
+        double = best.machine.coef.dtype == torch.float64 and best.T is not None
         again = [kernel_to_header(best.kernel), best.reg, best.rows, len(best.machine.centers),
                  double]
         found = {"best M": best.M, "best coef": best.machine.coef}
@@ -180,6 +180,8 @@ class FitJob:
         M = self.progress.arrays["best M"].to(growth.sample.x.device)
         growth.fit("again", M, rows, centers, kernel=kernel_from_header(kernel), reg=reg,
                    double=double, start=self.progress.arrays["best coef"].to(M.device))
+        if self.said["stage"] in ("grown", "solve") and not growth.starved:
+            growth.best = growth.best.in_double()
 
     def after_pass(self, step):
         "A pass over all rows is done."

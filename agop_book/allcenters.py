@@ -39,6 +39,11 @@ class SymmetricGram:
             strip[:, cols] = self.kernel.tile(self.points[rows], self.points[cols])[0]
         return strip
 
+    def between(self, count: int) -> torch.Tensor:
+        "The kernel between the first rows `(count, count)`, in double precision."
+        first = Points(self.points.x[:count].double())
+        return self.kernel.tile(first, first)[0]
+
     def columns(self, count: int) -> torch.Tensor:
         "The first columns `(n, count)`."
         return self.kernel.tile(self.points, self.points[:count])[0]
@@ -55,16 +60,17 @@ class SymmetricGram:
 
 # %% ../nbs/workshop/allcenters.ipynb #a56a4e96
 _FEW = 1000      # columns: with twice as many the preparation takes longer than the steps it saves
-_LIFT = 1e-6     # of the diagonal: between near points it is zero but for rounding
+_LIFT = 1e-6     # of the diagonal: far above what single precision leaves of small eigenvalues
+_STEEP = 1e4     # ratio of eigenvalues from which their matrix is made in double precision
 
 
 class Nearly:
     "(K + ridge)^-1, nearly, for any ridges."
 
     def __init__(self, K: SymmetricGram):
-        some = K.columns(_FEW).T
-        between = some[:, : len(some)].double()
+        between = K.between(_FEW)
         between.diagonal().add_(_LIFT * between.diagonal().mean())
+        some = K.columns(_FEW).T
         L = torch.linalg.cholesky(between).to(some)
         self.U = torch.linalg.solve_triangular(L, some, upper=False)
         self.left = (K.diagonal - self.U.square().sum(0)).clamp(min=0).mean()
@@ -74,12 +80,15 @@ class Nearly:
         "A function of residuals `(c, n)`."
         U, d = self.U, ridge + self.left
         system = (U / d) @ U.T
+        if system.diagonal().max() > _STEEP:
+            system = (U / d).double() @ U.T.double()
         system.diagonal().add_(1)
         factor = torch.linalg.cholesky(system)
 
         def solve(r):
             u = r / d
-            return u - torch.cholesky_solve(U @ u.T, factor).T @ U / d
+            inner = torch.cholesky_solve((U @ u.T).to(factor), factor).to(u)
+            return u - inner.T @ U / d
 
         return solve
 
@@ -100,7 +109,7 @@ def conjugate_gradients(K: SymmetricGram,      # (n, n)
     a, squares = torch.zeros_like(r), _dot(r, r)
     s = p = nearly(r)
     for number in range(_STEPS):
-        left = float((_dot(r, r) / squares).max())
+        left = float((r.square().sum(1, keepdim=True) / squares).max())
         if left <= error: return Step(number, left, a.T, r.T, p.T)
         q = (K.of_rows(p) + ridge * p) * heard
         old = _dot(r, s)
@@ -115,7 +124,7 @@ def conjugate_gradients(K: SymmetricGram,      # (n, n)
 
 
 def _dot(a, b):
-    "Products of rows `(c, n)`, one for each; never 0, so that a ratio is 0 where one is done."
+    "Products of rows `(c, n)`, one for each; never 0, for ratios."
     return (a * b).sum(1, keepdim=True).clamp(min=torch.finfo(a.dtype).tiny)
 
 # %% ../nbs/workshop/allcenters.ipynb #9920a7bd

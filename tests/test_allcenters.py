@@ -1,0 +1,125 @@
+"Fits with every row a centre, and samples whose rare values the search does not see."
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from sklearn.exceptions import ConvergenceWarning
+
+from agop_book import growing, iterative, manyrows
+from agop_book.allcenters import AllCenters, Nearly, SymmetricGram, conjugate_gradients
+from agop_book.iterative import Nystrom
+from agop_book.kernels import Gaussian, L1Laplace, Laplace, Matern32
+from agop_book.partfit import Sample
+from agop_book.partials import Block
+from agop_book.rfm import RFMClassifier, RFMRegressor
+
+
+def points(n, d=4, seed=0):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("kernel", [Laplace(3.0), Gaussian(2.0), Matern32(3.0), L1Laplace(5.0)])
+@pytest.mark.parametrize("n", [1, 512, 513, 1300])
+def test_half_of_the_kernel_is_the_kernel(kernel, n):
+    x = points(n) + 100
+    K, p = SymmetricGram(kernel, x), points(n, 3, 1).T
+    exact = kernel(x.double(), x.double())
+    assert (K.of_rows(p) - p.double() @ exact).abs().max() < 2e-3 * n**0.5
+    assert (K.diagonal - exact.diagonal()).abs().max() < 1e-6
+    assert (K.columns(100) - exact[:, :100]).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("kernel", [Laplace(3.0), L1Laplace(5.0)])
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_steps_reach_the_exact_solution(kernel, size):
+    x = points(700)
+    Y = size * torch.stack([x[:, 0] * x[:, 1], torch.zeros(700), x[:, 2].abs()], 1)
+    ridge = 0.01 / (0.5 + torch.rand(700, generator=torch.Generator().manual_seed(2)))
+    ridge[::5] = torch.inf
+    heard = ridge.isfinite()
+    K = SymmetricGram(kernel, x)
+    step = conjugate_gradients(K, Y, ridge, 1e-9, Nearly(K))
+    system = kernel(x[heard].double(), x[heard].double()) + ridge[heard].double().diag()
+    exact = torch.linalg.solve(system, Y[heard].double())
+    assert not step.beta[~heard].any()
+    assert (step.beta[heard] - exact).abs().max() < 1e-3 * exact.abs().max()
+
+
+def test_what_single_precision_cannot_solve_is_said():
+    x = points(1500, 1)
+    K = SymmetricGram(Gaussian(3.0), x)
+    Y = torch.sign(points(1500, 1, 3))
+    with pytest.warns(ConvergenceWarning, match="solver='cholesky'"):
+        conjugate_gradients(K, Y, torch.full((1500,), 1e-12), 1e-12, Nearly(K))
+
+
+def test_a_row_of_weight_two_is_the_row_twice_and_one_of_none_is_not_there():
+    x = points(600)
+    Y = (x[:, :1] * x[:, 1:2]).contiguous()
+    w = torch.ones(500)
+    w[:100], w[100:200] = 2, 0
+    held = Block(x[500:], Y[500:], torch.ones(100))
+    rows = torch.cat([torch.arange(100), torch.arange(100), torch.arange(200, 500)])
+    one = Sample(x[:500], Y[:500], w, held)
+    two = Sample(x[rows], Y[rows], torch.ones(500), held)
+    kernel = Laplace(1.0)
+    outputs = []
+    for sample in (one, two):
+        fit = AllCenters(sample, kernel, torch.ones(4), 0.1, 1e-8)
+        fit.kernel = kernel
+        fit.K = SymmetricGram(kernel, fit.x)
+        fit.nearly = Nearly(fit.K)
+        outputs.append(fit.judged().outputs)
+    assert (outputs[0] - outputs[1]).abs().max() < 1e-3
+
+
+def board(n, seed=0):
+    "Rows whose label no small number of centres can tell."
+    rng = np.random.default_rng(seed)
+    X = rng.standard_normal((n, 6)).astype(np.float32)
+    return X, np.where(np.sin(3 * X[:, 0]) * X[:, 1] * X[:, 2] > 0, "yes", "no")
+
+
+def test_every_row_becomes_a_centre_where_centres_are_not_enough(monkeypatch):
+    for module in (iterative, manyrows):
+        monkeypatch.setattr(module, "DENSE_ROWS", 1000)
+    monkeypatch.setattr(growing, "_BEFORE_DENSE", 1000)
+    X, y = board(4000)
+    fits = [RFMClassifier(random_state=0, n_iter=1, solver=solver).fit(X[:2000], y[:2000])
+            for solver in (Nystrom(centers=100), "auto")]
+    last = fits[1].history_.iloc[-1]
+    assert last["stage"] == "all rows" and last["centers"] == 2000
+    scores = [model.score(X[2000:], y[2000:]) for model in fits]
+    assert scores[1] > scores[0]
+    assert np.allclose(fits[1].predict_proba(X[:5]).sum(1), 1)
+
+
+def test_rare_values_that_the_search_does_not_see(monkeypatch):
+    monkeypatch.setattr(manyrows, "_SEARCH", 400)
+    rng = np.random.default_rng(0)
+    n = 1500
+    X = rng.standard_normal((n, 4))
+    X[:, 3] = rng.integers(0, 5, n)
+    y = X[:, 0] + (X[:, 3] == 2)
+    rare = rng.permutation(n)
+    X[rare[:3], 3] = [17, 23, 40]      # more values than a code may have
+    X[rare[3:5], 1] = np.nan           # a hole
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for seed in range(3):
+            model = RFMRegressor(random_state=seed, n_iter=1, solver=Nystrom(centers=300))
+            assert model.fit(X, y).score(X, y) > 0.9
+
+
+def test_a_kernel_that_is_better_on_more_rows_is_taken():
+    X, y = board(3000)
+    model = RFMClassifier(random_state=0, n_iter=1, solver=Nystrom(centers=300)).fit(X, y)
+    tried = model.history_[model.history_.stage == "kernel"]
+    if len(tried):
+        best = tried.loc[tried.loss.idxmin()]
+        assert type(model.machines_[0].kernel).__name__ == best.kernel
+    search = model.history_[model.history_.stage == "search"]
+    near = search.groupby("kernel").loss.min() <= 1.03 * search.loss.min()
+    assert len(tried) == (near.sum() if near.sum() > 1 else 0)

@@ -45,25 +45,38 @@ def shared_keys(seed: int,       # the same in all processes
 def shared_scan(found: RowScan,   # of the rows of this process
                 most: int         # rows of the sample at most
                 ) -> RowScan:
-    """The scan of the rows of all processes. ValueError for frames and for labels that are words.
-
-    Those would have to travel as objects."""
-    if not isinstance(found.X, np.ndarray) or found.labels is not None and _words(found.labels):
-        raise ValueError("together=True takes arrays of numbers, and numbers as labels; encode "
-                         "categories and labels first, the same in all processes.")
+    """The scan of the rows of all processes. ValueError for frames, and for labels that are
+    neither numbers nor words."""
+    if not isinstance(found.X, np.ndarray):
+        raise ValueError("together=True takes arrays of numbers; encode categories first, the "
+                         "same in all processes.")
     _same_width(found)
+    labels, counts = _shared_labels(found)
     keys = gathered_rows(found.keys)
     few = np.argsort(keys, kind="stable")[:most]
-    X, y = (gathered_rows(a)[few].astype(a.dtype) for a in (found.X, found.y))
+    y = found.y if labels is None else np.searchsorted(labels, found.y)
+    X, y = (gathered_rows(a)[few].astype(a.dtype) for a in (found.X, y))
     w = None if found.w is None else gathered_rows(found.w)[few]
     n = int(all_sum(torch.tensor(found.n)))
-    labels, counts = found.labels, found.counts
-    if labels is not None:
-        seen, times = gathered_rows(labels), gathered_rows(counts)
-        labels, place = np.unique(seen, return_inverse=True)
-        counts = np.bincount(place, times)
-        labels = labels.astype(found.labels.dtype)
-    return found._replace(n=n, X=X, y=y, w=w, keys=keys[few], labels=labels, counts=counts)
+    return found._replace(n=n, X=X, y=y if labels is None else labels[y], w=w, keys=keys[few],
+                          labels=labels, counts=counts)
+
+
+def _shared_labels(found):
+    "The labels of all processes, sorted, and the rows of each; None twice for numbers."
+    if found.labels is None: return None, None
+    if found.labels.dtype.kind in "biuf":
+        labels = gathered_rows(found.labels)
+    else:
+        own = found.labels.tolist()
+        if not all(isinstance(label, str) for label in own):
+            raise ValueError(f"together=True takes numbers or words as labels, got {own[:3]!r}.")
+        labels = sum((said for said, _ in said_by_all(own, {})), [])
+    dtype = found.labels.dtype
+    labels = np.unique(np.asarray(labels, "U" if dtype.kind == "U" else dtype))
+    counts = np.zeros(len(labels))
+    counts[np.searchsorted(labels, found.labels)] = found.counts
+    return labels, all_sum(torch.from_numpy(counts)).numpy()
 
 
 def said_by(said,           # what JSON holds
@@ -87,10 +100,6 @@ def said_by_all(said,          # what JSON holds
                 ) -> list:
     "A pair of both from each process. RuntimeError where another process failed."
     return [said_by(said, arrays, rank) for rank in range(dist.get_world_size())]
-
-
-def _words(labels):
-    return labels.dtype.kind not in "biuf"
 
 
 def _same_width(found):

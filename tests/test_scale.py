@@ -337,6 +337,37 @@ def test_two_processes_are_one(two_processes):
     assert np.abs(found.numpy() - fitted().predict(X[:50])).max() < 1e-4
 
 
+WORDS = """
+import sys, numpy as np, torch, torch.distributed as dist
+sys.path.insert(0, sys.argv[2])
+from dataclasses import replace
+from test_scale import SMALL, classifier, kinds
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank, (X, y) = dist.get_rank(), kinds()
+mine = y == "high" if rank == 0 else y != "high"
+found = classifier(solver=replace(SMALL, together=True)).fit(X[mine], y[mine])
+right = found.classes_.tolist() == ["high", "low", "medium"]
+if rank == 1: torch.save([torch.tensor(right), torch.tensor(found.score(X, y))], sys.argv[1])
+dist.destroy_process_group()
+"""
+
+
+def kinds():
+    X, y = table()
+    return X, np.array(["low", "medium", "high"])[np.digitize(y, [0.0, 1.0])]
+
+
+def classifier(**changes):
+    return RFMClassifier(**{"solver": SMALL, "random_state": 0, "n_iter": 1, **changes})
+
+
+def test_processes_may_have_words_of_their_own(two_processes):
+    right, score = torch.load(two_processes(WORDS), weights_only=True)
+    X, y = kinds()
+    assert right and abs(float(score) - classifier().fit(X, y).score(X, y)) < 0.02
+
+
 DYING = """
 import os, signal, sys, torch, torch.distributed as dist
 from agop_book.partials import LocalParts, Block

@@ -13,6 +13,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 from .choices import squared_error
 from .crossfit import LeftOut, adapted
+from .devices import need_double
 from .directions import ProjectedMachine, directions_of
 from .kernels import Kernel
 from .nystrom import STOP, Step
@@ -150,6 +151,7 @@ class AllCenters:
                  reg: float,         # the ridge
                  error: float        # part of the variance that may be lost
                  ):
+        need_double(sample.x.device, "a fit with every row a centre")
         held = sample.held
         pairs = ((sample.x, held.x), (sample.Y, held.Y), (sample.w, held.w))
         x, Y, w = (torch.cat(pair) for pair in pairs)

@@ -18,11 +18,14 @@ from agop_book.convrfm import (
     DeepRFMClassifier,
     DeepRFMRegressor,
 )
+from agop_book.allcenters import AllCenters
 from agop_book.explain import additivity_gap, directions, explain, feature_importances
 from agop_book.iterative import Nystrom
 from agop_book.kernels import KERNELS
 from agop_book.maprfm import MapRFMClassifier, MapRFMRegressor
 from agop_book.nfa import nfa
+from agop_book.partfit import Sample
+from agop_book.partials import Block
 from agop_book.patches import most_like
 from agop_book.rfm import RFMClassifier, RFMRegressor
 from agop_book.scattering import Scattering
@@ -132,6 +135,16 @@ def by_sample(device):
     rows = np.random.default_rng(1).normal(size=(400, 4)).astype(np.float32)
     model = RFMRegressor(solver=SMALL, random_state=0, n_iter=1, device=device)
     return answers(model.fit(rows, rows[:, 0] * rows[:, 1]), rows)
+
+
+@case
+def all_centers(device):
+    rows = torch.from_numpy(np.random.default_rng(1).normal(size=(400, 4)).astype(np.float32))
+    x, Y = rows.to(device), (rows[:, :1] * rows[:, 1:2]).to(device)
+    ones = torch.ones(400, device=device)
+    sample = Sample(x[:300], Y[:300], ones[:300], Block(x[300:], Y[300:], ones[300:]))
+    made = AllCenters(sample, KERNELS["laplace"](1.0), torch.ones(4, device=device), 1e-2, 1e-4)
+    return made.fit()[0](x).cpu().numpy(), made.judged().outputs.cpu().numpy()
 
 
 @case

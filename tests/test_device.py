@@ -25,6 +25,7 @@ LESSONS = ["03_rfm", "11_cntk"]   # 05 and all others take minutes: `make test-d
 DOUBLE = {   # cases that Apple's device cannot do, and what they are told
     "iterative": "the iterative solver needs float64",
     "by_sample": "a fit by sample needs float64",
+    "all_centers": "a fit with every row a centre needs float64",
     "convolutional": "the matrix on patches of ConvRFMRegressor needs float64",
     "deep": "the matrix on patches of DeepRFMRegressor needs float64",
     "cntk": "a matrix on patches needs float64",

@@ -63,7 +63,7 @@ def subspace_run(n: int,       # rows that M is learned on
     few, rest = slice(n), slice(most)
     X_test, y_test = X[most:], y[most:]
     wide = RFMRegressor(bandwidth=10.0, **_PLAIN | {"n_iter": 1}).fit(X[few], y[few])
-    M = wide.machines_[1].M.double().numpy()
+    M = wide.machines_[1].M.double().cpu().numpy()
     V = np.linalg.eigh(M)[1][:, -3:].astype(np.float32)
     plain = RFMRegressor(bandwidth=10.0, **_PLAIN).fit(X[few], y[few])
     found = {"angle": _largest_angle(V, U), "plain": plain.score(X_test, y_test)}

@@ -189,13 +189,13 @@ _ENOUGH = 5000   # rows to fit to, and
 _JUDGES = 2000   # to judge by
 
 
-def kernel_loss(sample: Sample,
+def kernel_loss(sample: Sample,     # whose first rows are taken
                 kernel: Kernel,     # its bandwidth counts typical distances
                 M: torch.Tensor,    # (p,) or (p, p)
                 reg: float,         # the ridge
                 error: float        # part of the variance that may be lost
                 ) -> float:
-    "The loss at held-out rows of a fit to the first rows of a sample, each of them a centre."
+    "The loss at held-out rows of a fit to some rows of a sample, each of them a centre."
     rows, judges = slice(_ENOUGH), slice(_JUDGES)
     held = Block(*(t[judges] for t in sample.held))
     part = Sample(sample.x[rows], sample.Y[rows], sample.w[rows], held)

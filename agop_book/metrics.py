@@ -71,7 +71,8 @@ def check_metric(M,                # what the caller gave: None, `(d,)`, `(d, d)
     if M.shape not in ((d,), (d, d)):
         raise ValueError(f"M has shape {tuple(M.shape)}; with {d} features it must be ({d},) "
                          f"for a diagonal or ({d}, {d}).")
-    _check_definite(M)
+    coarse = given.dtype if given.is_floating_point() else M.dtype
+    _check_definite(M, max(torch.finfo(t).eps for t in (coarse, M.dtype)))
     return M
 
 
@@ -84,10 +85,10 @@ def _check_shared(M, d, x):
     return Shared(check_metric(M.A, channels, x))
 
 
-def _check_definite(M):
-    "ValueError unless `M` is symmetric and positive semi-definite, up to rounding."
+def _check_definite(M, eps):
+    "ValueError unless `M` is symmetric and positive semi-definite, up to rounding by `eps`."
     scale = M.abs().max()
-    rounding = scale * len(M) * torch.finfo(M.dtype).eps * 100
+    rounding = scale * len(M) * eps * 100
     if M.ndim == 2 and (M - M.T).abs().max() > 1e-5 * scale:
         raise ValueError("M is not symmetric; pass (M + M.T) / 2 if the difference is only "
                          "rounding.")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 
+from agop_book.kernels import Laplace
 from agop_book.matrices import cosine, matrix_power, pearson, top_directions
 from test_agop import f64, normal, quick
 
@@ -105,3 +106,13 @@ def test_bad_matrices(case):
     call, error, words = BAD[case]
     with pytest.raises(error, match=words):
         call()
+
+
+def test_a_matrix_of_single_precision_may_have_its_rounding():
+    U = torch.linalg.qr(torch.randn(50, 3, generator=torch.Generator().manual_seed(0)))[0]
+    M = (U @ U.T).float()
+    M = (M + M.T) / 2
+    x = torch.randn(5, 50, dtype=torch.float64)
+    assert torch.isfinite(Laplace(1.0)(x, M=M - 1e-7 * torch.eye(50))).all()
+    with pytest.raises(ValueError, match="semi-definite"):
+        Laplace(1.0)(x, M=(M - 1e-7 * torch.eye(50)).double())

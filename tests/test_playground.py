@@ -92,8 +92,8 @@ def test_nothing_is_wider_than_the_frame(page, scheme, width):
     page.emulate_media(color_scheme=scheme)
     page.set_viewport_size({"width": width, "height": 560})
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert (background == "rgb(255, 255, 255)") == (scheme == "light")
+    white = "getComputedStyle(document.body).backgroundColor == 'rgb(255, 255, 255)'"
+    page.wait_for_function(f"({white}) == {str(scheme == 'light').lower()}")   # it takes a moment
 
 
 def test_the_output_is_small_and_brings_a_still_picture():

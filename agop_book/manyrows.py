@@ -34,7 +34,7 @@ from .nystrom import STOP, Falkon
 from .partfit import Sample
 from .partials import Block, ClusterParts, LocalParts
 from .preparing import Prepared, StreamedBlocks, total_squares, total_weight
-from .processes import all_or_none
+from .processes import all_or_none, is_first
 from .progress import FitJob, FitProgress
 from .rowchecks import Rows
 from .rowstream import rows_of, scan
@@ -42,6 +42,7 @@ from .sharing import shared_keys, shared_scan
 from .tiles import Tiles
 
 # %% ../nbs/workshop/manyrows.ipynb #048090c1
+_TOGETHER = 5000     # rows: from here on M gains by more than the search looks at
 _SEARCH = 8192       # rows of the sample that the search may look at; it takes 2,000 of them
 _ROOM = 2**29        # bytes for kernel values of a part, at most
 _HELD = 9            # of the sample one row in so many is held out, but no more than:
@@ -54,15 +55,20 @@ class ManyRowsRFM(ChoosingRFM):
     def _goes_by_sample(self, X):
         "Whether these rows are too many to be looked at together."
         if isinstance(X, Rows): return True
-        n = len(X) if hasattr(X, "__len__") else 0
-        return self._is_adaptive() and isinstance(solver_of(self.solver, n), Nystrom)
+        if not self._is_adaptive(): return False
+        if self.solver != "auto": return isinstance(solver_of(self.solver, 0), Nystrom)
+        return hasattr(X, "__len__") and len(X) > self._most_together()
+
+    def _most_together(self):
+        "Up to so many rows the search and a dense solve are enough, or all that Apple's GPU can."
+        return DENSE_ROWS if pick_device(self.device).type == "mps" else _TOGETHER
 
     def _few(self, rows):
         "(X, y, weights) in memory where the dense solver is to have them, or None."
         auto = self.solver == "auto"
         if not auto and isinstance(solver_of(self.solver, 0), Nystrom): return None
-        if auto and (rows.n or 0) > DENSE_ROWS: return None
-        most = DENSE_ROWS if auto else 2**31 - 1
+        most = self._most_together() if auto else 2**31 - 1
+        if (rows.n or 0) > most: return None
         found = scan(rows, most, 0, labels=isinstance(self, ClassifierMixin))
         if found.n > most: return None
         order = found.at.argsort()
@@ -76,11 +82,9 @@ class ManyRowsRFM(ChoosingRFM):
         if not self._is_adaptive():
             raise ValueError(f"bandwidth={self.bandwidth!r} is for rows in memory; for rows that "
                              "are read batch by batch pass bandwidth='auto'.")
-        if options.together and checkpoint is not None:
-            raise ValueError(f"checkpoint={str(checkpoint)!r} is for one process; leave it out "
-                             "with together=True.")
-        job = FitJob(options, pick_device(self.device), FitProgress(checkpoint, self._said()))
         with all_or_none(options.together):
+            path = checkpoint if is_first(options.together) else None
+            job = FitJob(options, pick_device(self.device), FitProgress(path, self._said()))
             self._fit_stages(rows_of(rows, y, weight=weight), job)
         job.progress.finish()
 

@@ -7,12 +7,16 @@ __all__ = ['gathered_rows', 'shared_keys', 'shared_scan', 'said_by', 'said_by_al
 
 # %% ../nbs/workshop/sharing.ipynb #734acb48
 import json
+import reprlib
+from itertools import product
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.distributed as dist
 
-from .processes import all_max, all_sum, from_one
+from .processes import all_sum, from_one
+from .rowparts import categories_in, number_values
 from .rowstream import RowScan
 
 # %% ../nbs/workshop/sharing.ipynb #fced0f4d
@@ -45,38 +49,74 @@ def shared_keys(seed: int,       # the same in all processes
 def shared_scan(found: RowScan,   # of the rows of this process
                 most: int         # rows of the sample at most
                 ) -> RowScan:
-    """The scan of the rows of all processes. ValueError for frames, and for labels that are
-    neither numbers nor words."""
-    if not isinstance(found.X, np.ndarray):
-        raise ValueError("together=True takes arrays of numbers; encode categories first, the "
-                         "same in all processes.")
-    _same_width(found)
+    """The scan of the rows of all processes. ValueError where their columns differ, and for labels
+    and categories that are neither numbers nor words."""
+    _same_columns(found)
     labels, counts = _shared_labels(found)
     keys = gathered_rows(found.keys)
     few = np.argsort(keys, kind="stable")[:most]
     y = found.y if labels is None else np.searchsorted(labels, found.y)
-    X, y = (gathered_rows(a)[few].astype(a.dtype) for a in (found.X, y))
+    y = gathered_rows(y)[few].astype(y.dtype)
     w = None if found.w is None else gathered_rows(found.w)[few]
     n = int(all_sum(torch.tensor(found.n)))
-    return found._replace(n=n, X=X, y=y if labels is None else labels[y], w=w, keys=keys[few],
-                          labels=labels, counts=counts)
+    return found._replace(n=n, X=_shared_table(found.X, few), w=w, keys=keys[few], counts=counts,
+                          y=y if labels is None else labels[y], labels=labels)
+
+
+def _same_columns(found):
+    "ValueError where the processes have other columns, or only some have weights."
+    X, framed = found.X, isinstance(found.X, pd.DataFrame)
+    own = {"width": X.shape[1], "weights": found.w is not None, "columns": [], "categories": []}
+    if framed:
+        own |= {"columns": list(map(str, X)), "categories": categories_in(X).tolist()}
+    every = [said for said, _ in said_by_all(own, {})]
+    for name, rank in product(own, range(len(every))):
+        first, other = every[0][name], every[rank][name]
+        if first == other: continue
+        raise ValueError(f"the rows of process 0 have {name} {reprlib.repr(first)}, those of "
+                         f"process {rank} {reprlib.repr(other)}; they must agree.")
+
+
+def _shared_table(X, few):
+    "Some rows of all processes, as an array or a frame."
+    numbers = number_values(X)
+    numbers = gathered_rows(numbers)[few].astype(numbers.dtype)
+    if not isinstance(X, pd.DataFrame): return numbers
+    category = categories_in(X)
+    frame = pd.DataFrame(numbers, columns=X.columns[~category], copy=False)
+    words = {name: _shared_words(X[name], few) for name in X.columns[category]}
+    return frame.assign(**words)[X.columns.tolist()]
+
+
+def _shared_words(column, few):
+    "Some rows of a column of categories."
+    index = pd.Index(_all_labels(column.cat.categories, f"column {column.name!r}"))
+    codes = gathered_rows(index.get_indexer(column))[few].astype(int)
+    return pd.Categorical.from_codes(codes, index).remove_unused_categories()
 
 
 def _shared_labels(found):
     "The labels of all processes, sorted, and the rows of each; None twice for numbers."
     if found.labels is None: return None, None
-    if found.labels.dtype.kind in "biuf":
-        labels = gathered_rows(found.labels)
-    else:
-        own = found.labels.tolist()
-        if not all(isinstance(label, str) for label in own):
-            raise ValueError(f"together=True takes numbers or words as labels, got {own[:3]!r}.")
-        labels = sum((said for said, _ in said_by_all(own, {})), [])
     dtype = found.labels.dtype
-    labels = np.unique(np.asarray(labels, "U" if dtype.kind == "U" else dtype))
+    labels = _all_labels(found.labels, "y")
+    labels = np.asarray(labels, "U" if dtype.kind == "U" else dtype)
     counts = np.zeros(len(labels))
     counts[np.searchsorted(labels, found.labels)] = found.counts
     return labels, all_sum(torch.from_numpy(counts)).numpy()
+
+
+def _all_labels(labels, name):
+    "The labels that some process has, sorted where they compare; ValueError for odd ones."
+    own = labels.tolist()
+    odd = next((label for label in own if not isinstance(label, (bool, int, float, str))), None)
+    if odd is not None:
+        raise ValueError(f"together=True takes numbers or words as labels, and {name} has {odd!r}.")
+    every = list(dict.fromkeys(sum((said for said, _ in said_by_all(own, {})), [])))
+    try:
+        return sorted(every)
+    except TypeError:
+        return every
 
 
 def said_by(said,           # what JSON holds
@@ -101,11 +141,3 @@ def said_by_all(said,          # what JSON holds
     "A pair of both from each process. RuntimeError where another process failed."
     return [said_by(said, arrays, rank) for rank in range(dist.get_world_size())]
 
-
-def _same_width(found):
-    "ValueError where the processes have rows of different widths, or only some have weights."
-    look = torch.tensor([found.X.shape[1], 2 if found.w is None else 1])
-    most, least = all_max(look), -all_max(-look)
-    if bool((most == least).all()): return
-    raise ValueError(f"the processes have rows of {int(least[0])} to {int(most[0])} features, some "
-                     "with weights and some without; they must agree.")

@@ -28,7 +28,7 @@ def prepare(folder):
     "Notebooks as nbdev makes them for a site, in `folder`; the index names all others."
     from nbdev.serve import proc_nbs
 
-    proc_nbs(force=True)
+    proc_nbs(force=True, n_workers=0)       # a pool of processes imports torch for each notebook
     index = nbformat.read(folder / "index.ipynb", as_version=4)
     index.cells.insert(1, nbformat.v4.new_markdown_cell(contents(folder)))
     nbformat.write(index, folder / "index.ipynb")

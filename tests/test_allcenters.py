@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.exceptions import ConvergenceWarning
 
-from agop_book import growing, iterative, manyrows
+from agop_book import growing, manyrows
 from agop_book.allcenters import AllCenters, Nearly, SymmetricGram, conjugate_gradients
 from agop_book.iterative import Nystrom
 from agop_book.kernels import Gaussian, L1Laplace, Laplace, Matern32
@@ -83,8 +83,7 @@ def board(n, seed=0):
 
 
 def test_every_row_becomes_a_centre_where_centres_are_not_enough(monkeypatch):
-    for module in (iterative, manyrows):
-        monkeypatch.setattr(module, "DENSE_ROWS", 1000)
+    monkeypatch.setattr(manyrows, "_TOGETHER", 1000)
     monkeypatch.setattr(growing, "_BEFORE_DENSE", 1000)
     X, y = board(4000)
     fits = [RFMClassifier(random_state=0, n_iter=1, solver=solver).fit(X[:2000], y[:2000])

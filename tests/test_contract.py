@@ -372,7 +372,7 @@ def test_displays_and_searches_take_frames():
 def test_predictions_do_not_depend_on_other_rows(name, dtype):
     model, X = fitted(name, dtype), rows(24, seed=1, dtype=dtype)
     alone = np.stack([scores(model, X[i : i + 1])[0] for i in range(24)])
-    tolerance = (2e-4 if dtype == np.float32 else 1e-9) * np.abs(alone).max()
+    tolerance = (5e-4 if dtype == np.float32 else 1e-9) * np.abs(alone).max()
     np.testing.assert_allclose(scores(model, X), alone, atol=tolerance)
     for far in (1e2, 1e4, 1e6, 1e9, 1e12):
         Q = X.copy()

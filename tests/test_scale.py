@@ -368,6 +368,97 @@ def test_processes_may_have_words_of_their_own(two_processes):
     assert right and abs(float(score) - classifier().fit(X, y).score(X, y)) < 0.02
 
 
+FRAMES = """
+import sys, numpy as np, torch, torch.distributed as dist
+sys.path.insert(0, sys.argv[2])
+from dataclasses import replace
+from test_scale import SMALL, framed, model
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank, (X, y) = dist.get_rank(), framed()
+mine = slice(0, 600) if rank == 0 else slice(600, None)
+mine = X[mine].assign(e=X["e"][mine].cat.remove_unused_categories()), y[mine]
+assert set(mine[0]["e"].cat.categories) != set(X["e"].cat.categories)
+found = model(solver=replace(SMALL, together=True)).fit(*mine)
+wrong = {"columns": (X.rename(columns={"a": "A"}), X), "width": (X.drop(columns="a"), X),
+         "categories": (X.drop(columns="e").assign(e=0.0), X)}
+said = []
+for name, parts in wrong.items():
+    try:
+        model(solver=replace(SMALL, together=True)).fit(parts[rank], y)
+    except ValueError as error:
+        said.append(f"have {name} " in str(error) and "those of process 1" in str(error))
+if rank == 1:
+    torch.save([torch.from_numpy(found.predict(X[:50])), torch.tensor(said)], sys.argv[1])
+dist.destroy_process_group()
+"""
+
+
+def framed():
+    "A frame whose first rows have other categories than the last, and holes."
+    X, y = table()
+    frame = pd.DataFrame(X, columns=list("abcdf"))
+    frame.iloc[7::50] = np.nan
+    kinds = np.where(np.arange(1500) % 3, "often", np.where(np.arange(1500) < 600, "early", "late"))
+    return frame.assign(e=pd.Categorical(kinds)), y + 2 * (kinds == "often")
+
+
+def test_processes_may_have_categories_of_their_own_but_not_columns(two_processes):
+    found, said = torch.load(two_processes(FRAMES), weights_only=True)
+    X, y = framed()
+    assert np.abs(found.numpy() - model().fit(X, y).predict(X[:50])).max() < 1e-4
+    assert said.tolist() == [True] * 3
+
+
+RESUMING = """
+import sys, numpy as np, torch, torch.distributed as dist
+sys.path.insert(0, sys.argv[2])
+from dataclasses import replace
+from pathlib import Path
+from agop_book.growing import Growth
+from agop_book.nystrom import Falkon
+from test_scale import SMALL, model, table
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank, (X, y) = dist.get_rank(), table()
+mine = slice(0, 600) if rank == 0 else slice(600, None)
+path = Path(sys.argv[1]).with_name("fit.safetensors")
+
+def fit():
+    return model(solver=replace(SMALL, together=True)).fit(X[mine], y[mine], checkpoint=path)
+
+def broken(cls, name, at):
+    "A call of the method fails in the second process."
+    whole, calls = getattr(cls, name), []
+    def method(self, *args):
+        calls.append(1)
+        if rank == 1 and len(calls) == at: raise OSError("no disk")
+        return whole(self, *args)
+    setattr(cls, name, method)
+    try:
+        fit()
+    except (OSError, RuntimeError) as error:
+        assert path.exists() and "process 1" in f"{error} process {rank}"
+    else:
+        raise AssertionError("it should have failed")
+    setattr(cls, name, whole)
+
+broken(Growth, "cut", 1)
+type(model())._run_search = None       # from here on there is no search any more
+broken(Falkon, "steps", 12)
+found = fit()
+assert not path.exists()
+if rank == 1: torch.save([torch.from_numpy(found.predict(X[:50]))], sys.argv[1])
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_go_on_where_they_were(two_processes):
+    found, = torch.load(two_processes(RESUMING), weights_only=True)
+    X, _ = table()
+    assert np.abs(found.numpy() - fitted().predict(X[:50])).max() < 1e-3
+
+
 DYING = """
 import os, signal, sys, torch, torch.distributed as dist
 from agop_book.partials import LocalParts, Block

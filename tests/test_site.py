@@ -17,6 +17,8 @@ from agop_book.book.live import Live
 
 ROOT = Path(__file__).parents[1]
 PAGES = [name.removesuffix(".ipynb") for name in notebooks()]
+# some images load when they are scrolled to; one that cannot be loaded is found by UNLOADED
+LOADED = "() => Promise.allSettled([...document.images].map(image => image.decode()))"
 UNLOADED = "[...document.images].filter(i => !(i.complete && i.naturalWidth)).map(i => i.src)"
 
 
@@ -111,9 +113,9 @@ def overflow(page):
 @pytest.mark.parametrize("name", PAGES)
 def test_page(visit, name, settings):
     page = visit(f"{name}.html")
-    for image in page.locator("article img").all():      # some load when they are scrolled to
+    for image in page.locator("article img").all():
         image.scroll_into_view_if_needed()
-    page.wait_for_load_state("networkidle")
+    page.evaluate(LOADED)
     assert visit.problems == [] and page.evaluate(UNLOADED) == []
 
     if re.search(r"\$[^$]+\$", cells(name, "markdown")):

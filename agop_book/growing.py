@@ -85,7 +85,6 @@ _TURNED = 0.9995     # cosine of two matrices in a row: from there on M no longe
 _BETTER = 0.01       # of the loss: what a change has to win
 _ROUNDING = 0.2      # of the stated error: more would decide between what is tried
 _FEW = 4096          # rows, for which single precision saves next to nothing
-_BEFORE_DENSE = 4096   # centres that are tried where every row may be one
 _HOPE = 1.5          # times the best loss: what more rounds might make up for
 _CHOOSE_ON = 10_000  # rows at most: what to cut, and bandwidth and ridge, show on so many
 _WIDEN_ON = 20_000   # rows at most: how many centres pay
@@ -221,7 +220,7 @@ class Growth:
 
     def _better(self, fit, than):
         "Whether a fit wins more than is worth the time that a narrower one takes."
-        least = max(_BETTER * than.loss, self.error * self.sample.variance())
+        least = max(_BETTER * than.loss, self._least())
         return fit.loss < than.loss - least
 
     def _changed(self, fit, name, factor):
@@ -233,9 +232,12 @@ class Growth:
             kernel = replace(kernel, bandwidth=kernel.bandwidth * factor)
         return self.fit(name, fit.M, fit.rows, kernel=kernel, reg=reg, start=fit.machine.coef)
 
-    def widen(self, centers=None   # so many in any case; None: as many as pay
-              ):
-        "Doubles the centres of the best fit, until that wins less than the stated error."
+    def settle(self, centers=None   # so many in any case; None: as many as pay
+               ):
+        "Chooses bandwidth, ridge and centres for the best M, or that every row has to be one."
+        self.starved = self.dense and self._pays(self._last_gain())
+        if self.starved: return
+        self.tune(self.best)
         rows = min(len(self.sample.x), _WIDEN_ON)
         if rows != self.best.rows:
             best, self.best = self.best, None
@@ -244,27 +246,39 @@ class Growth:
         if centers is not None:
             self.best = self._with_centers(min(centers, rows))
         else:
-            self.starved = self._doubled(min(self.most, rows // 2)) and self.dense
-        if not self.starved:
-            self.best = self.best.in_double()
+            self._widen(min(self.most, rows // 2))
+        self.best = self.best.in_double()
 
-    def _doubled(self, most):
-        "Double the centres while that pays; whether it still did at the end."
-        least, pays = self.error * self.sample.variance(), True
-        most = min(most, _BEFORE_DENSE) if self.dense else most
-        while pays and 2 * len(self.best.machine.centers) <= most:
+    def _widen(self, most):
+        "Double the centres of the best fit while that pays."
+        gain = self._last_gain()
+        while self._pays(gain) and 2 * len(self.best.machine.centers) <= most:
             before = self.best
-            wider = self._with_centers(2 * len(before.machine.centers))
-            pays = before.loss - wider.loss >= least
-            if not pays:
+            gain = before.loss - self._with_centers(2 * len(before.machine.centers)).loss
+            if gain < self._least():
                 self.best = before
-        return pays
+
+    def _least(self):
+        "What more centres have to win."
+        return self.error * self.sample.variance()
+
+    def _pays(self, gain):
+        "Whether to double the centres: that wins about half of what doubling them has won before."
+        return gain / 2 >= self._least()
+
+    def _last_gain(self):
+        "What the second half of its centres has won for the best fit."
+        best = self.best
+        half = self._with_centers(max(1, len(best.machine.centers) // 2))
+        self.best = best
+        return half.loss - best.loss
 
     def _with_centers(self, count, double=False):
-        "The best fit on the whole sample, with so many centres."
+        "The best fit with so many centres."
         best = self.best
+        start = best.machine.coef if count >= len(best.machine.coef) else None
         # with twice the centres rounding grows about fourfold
         double = double or 4 * best.rounding > _ROUNDING * self.error
         double = double or best.machine.coef.dtype == torch.float64
         return self.fit("centers", best.M, best.rows, count, kernel=best.kernel, reg=best.reg,
-                        start=best.machine.coef, double=double)
+                        start=start, double=double)

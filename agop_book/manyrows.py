@@ -26,7 +26,7 @@ from .crossfit import LeftOut
 from .devices import device as pick_device
 from .directions import ProjectedMachine
 from .estimators import send
-from .folds import DistinctRows
+from .folds import part_of_sample
 from .growing import Growth
 from .iterative import DENSE_ROWS, Nystrom, solver_of
 from .modelfiles import kernel_from_header
@@ -43,7 +43,6 @@ from .tiles import Tiles
 
 # %% ../nbs/workshop/manyrows.ipynb #048090c1
 _TOGETHER = 5000     # rows: from here on M gains by more than the search looks at
-_SEARCH = 8192       # rows of the sample that the search may look at; it takes 2,000 of them
 _ROOM = 2**29        # bytes for kernel values of a part, at most
 _HELD = 9            # of the sample one row in so many is held out, but no more than:
 _HELD_MOST = 8192
@@ -174,8 +173,8 @@ class ManyRowsRFM(ChoosingRFM):
             return self._design(X, w / w.mean(), scale, codes)
 
         if "trials" not in job.said:
-            table = DistinctRows(X[:_SEARCH], Y[:_SEARCH], w[:_SEARCH], None, rng)
-            plan = self._plan_search(table, table.folds, job.device, design)
+            table, part = part_of_sample(X, Y, w, rng)
+            plan = self._plan_search(table, part, job.device, design)
             if job.together:     # the first way is everybody's, since it judges the scales
                 share = slice(1 + dist.get_rank(), None, dist.get_world_size())
                 plan = plan._replace(ways=plan.ways[:1] + plan.ways[share])
@@ -229,8 +228,7 @@ class ManyRowsRFM(ChoosingRFM):
             for M in growth.rounds(M, job.said.get("round", 0)):
                 job.after_round(growth, M)
             growth.cut(M, job.progress.arrays["first M"].to(M.device))
-            growth.tune(growth.best)
-            growth.widen(job.options.centers)
+            growth.settle(job.options.centers)
             job.after(growth, "grown", starved=growth.starved)
 
     # --- the last solve
@@ -261,14 +259,14 @@ class ManyRowsRFM(ChoosingRFM):
 
     def _solve_with_all(self, growth, units, job):
         "Solve with every row a centre, and keep it; the `LeftOut`, where it is asked for."
-        start = time.perf_counter()
-        kernel, reg = kernel_from_header(job.said["kernel"]), job.said["reg"]
-        found = AllCenters(growth.sample, kernel, growth.best.M, reg, job.options.error)
-        machine, step, score = found.fit()
+        given = growth.sample, kernel_from_header(job.said["kernel"]), growth.best.M
+        reg, start = job.ridge(*given), time.perf_counter()
+        found = AllCenters(*given, job.options.error)
+        machine, step, score = found.fit(reg)
         best = growth.best._replace(machine=machine, reg=reg)
         job.solved(len(found.x), best, step, score, start)
         self._keep_all(best, best.machine.coef, units, job.history)
-        return found.judged() if isinstance(self, ClassifierMixin) else None
+        return found.judged(reg) if isinstance(self, ClassifierMixin) else None
 
     def _parts(self, rows, n, prepare, sample):
         "All rows as blocks: on the cluster that has them, or here, kept or streamed."

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .allcenters import kernel_loss
+from .allcenters import best_ridge, part_of_centers
+from .choices import squared_error
 from .choosing import mean_metric
 from .files import check_writable, load_arrays, save_arrays
 from .modelfiles import kernel_from_header, kernel_to_header
@@ -138,18 +139,36 @@ class FitJob:
         if len(self.said["trials"]) == 1: return 0.0
         start, kernel = time.perf_counter(), kernel_from_header(trial["kernel"])
         M = self.progress.arrays[f"M {k}"].to(sample.x.device)
-        loss = kernel_loss(sample, kernel, M, trial["reg"], self.options.error)
+        part = part_of_centers(sample, kernel, M, self.options.error)
+        loss = float(sample.agree(torch.tensor(squared_error(part.judged(trial["reg"])))))
+        self._tried("kernel", kernel, trial, loss, sample, start)
+        return loss
+
+    def _tried(self, stage, kernel, trial, loss, sample, start):
+        "A row of history about a fit with every row a centre."
         self.history.append({
-            "stage": "kernel",
+            "stage": stage,
             "loss": loss,
             "val_score": 1 - loss / sample.variance(),
-            "kernel": trial["kernel"]["name"],
+            "kernel": type(kernel).__name__,
             "bandwidth": getattr(kernel, "bandwidth", None),
             "reg": trial["reg"],
             "metric": trial["metric"],
             "seconds": time.perf_counter() - start,
         })
-        return loss
+
+    def ridge(self, sample,   # `Sample`
+              kernel,         # its bandwidth counts typical distances
+              M               # (p,) or (p, p)
+              ) -> float:
+        "The ridge for a fit to all rows, each of them a centre, from a part of them."
+        start = time.perf_counter()
+        part = part_of_centers(sample, kernel, M, self.options.error)
+        best, losses = best_ridge(part, self.said["reg"])
+        for reg, loss in losses.items():
+            self._tried("ridge", kernel, self.said | {"reg": reg}, loss, sample, start)
+            start = time.perf_counter()
+        return best
 
     def note(self, row):
         "A row of history from `Growth`."

@@ -143,8 +143,8 @@ def all_centers(device):
     x, Y = rows.to(device), (rows[:, :1] * rows[:, 1:2]).to(device)
     ones = torch.ones(400, device=device)
     sample = Sample(x[:300], Y[:300], ones[:300], Block(x[300:], Y[300:], ones[300:]))
-    made = AllCenters(sample, KERNELS["laplace"](1.0), torch.ones(4, device=device), 1e-2, 1e-4)
-    return made.fit()[0](x).cpu().numpy(), made.judged().outputs.cpu().numpy()
+    made = AllCenters(sample, KERNELS["laplace"](1.0), torch.ones(4, device=device), 1e-4)
+    return made.fit(1e-2)[0](x).cpu().numpy(), made.judged(1e-2).outputs.cpu().numpy()
 
 
 @case

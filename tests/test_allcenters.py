@@ -7,8 +7,10 @@ import pytest
 import torch
 from sklearn.exceptions import ConvergenceWarning
 
-from agop_book import growing, manyrows
-from agop_book.allcenters import AllCenters, Nearly, SymmetricGram, conjugate_gradients
+from agop_book import allcenters, folds, manyrows
+from agop_book.allcenters import (AllCenters, Nearly, SymmetricGram, best_ridge,
+                                  conjugate_gradients)
+from agop_book.crossfit import LeftOut
 from agop_book.iterative import Nystrom
 from agop_book.kernels import Gaussian, L1Laplace, Laplace, Matern32
 from agop_book.partfit import Sample
@@ -47,12 +49,65 @@ def test_steps_reach_the_exact_solution(kernel, size):
     assert (step.beta[heard] - exact).abs().max() < 1e-3 * exact.abs().max()
 
 
-def test_what_single_precision_cannot_solve_is_said():
-    x = points(1500, 1)
-    K = SymmetricGram(Gaussian(3.0), x)
-    Y = torch.sign(points(1500, 1, 3))
+def smooth(n=1500):
+    "A sample, and a kernel so smooth that its smallest eigenvalues are rounding."
+    x = points(n, 2)
+    Y = (torch.sin(3 * x[:, :1]) + 0.1 * points(n, 1, 3)).contiguous()
+    rest, held = slice(n - 200), slice(n - 200, None)
+    w = torch.ones(n)
+    return Sample(x[rest], Y[rest], w[rest], Block(x[held], Y[held], w[held])), Gaussian(3.0)
+
+
+def test_what_single_precision_cannot_solve_is_solved_in_double():
+    sample, kernel = smooth()
+    fit = AllCenters(sample, kernel, torch.ones(2), 1e-6)
+    ridge = torch.full((1500,), 1e-5)
+    assert conjugate_gradients(fit.K, fit.Y, ridge, 1e-9, fit.nearly).residual > 1e-9
+    machine, step, _ = fit.fit(1e-5)
+    assert machine.coef.dtype == torch.float64 and step.residual < 1e-6
+    x, Y = fit.x.double(), fit.Y.double()
+    K = machine.kernel(x)
+    exact = K @ torch.linalg.solve(K + 1e-5 * torch.eye(1500, dtype=torch.float64), Y)
+    assert (machine(x) - exact).square().mean() < 1e-5 * Y.square().mean()
+
+
+def test_what_is_not_solved_is_said(monkeypatch):
+    monkeypatch.setattr(allcenters, "_STEPS", 0)
+    sample, kernel = smooth()
     with pytest.warns(ConvergenceWarning, match="solver='cholesky'"):
-        conjugate_gradients(K, Y, torch.full((1500,), 1e-12), 1e-12, Nearly(K))
+        machine, *_ = AllCenters(sample, kernel, torch.ones(2), 1e-9).fit(1e-3)
+    assert machine.coef.isfinite().all()
+
+
+class Plain:
+    "No preconditioner."
+
+    def at(self, ridge):
+        return lambda r: r
+
+
+def test_steps_that_lead_away_are_not_taken():
+    "Without a guard the residual came to 22 times the targets, and R2 to -21."
+    sample, kernel = smooth()
+    fit = AllCenters(sample, kernel, torch.ones(2), 1e-6)
+    wrong = torch.full((1500,), -50.0)      # the matrix has negative eigenvalues
+    step = conjugate_gradients(fit.K, fit.Y, wrong, 1e-9, Plain())
+    assert 1e-9 < step.residual <= 1 and step.beta.isfinite().all()
+    left = fit.Y - (fit.K.of_rows(step.beta.T).T - 50 * step.beta)
+    assert np.isclose(float(left.square().sum() / fit.Y.square().sum()), step.residual, rtol=0.05)
+
+
+@pytest.mark.parametrize("best, tried, chosen", [
+    (0.0, [0.01, 0.1, 1, 10], 1.0), (-3.0, [1e-4, 1e-3, 1e-2, 0.1], 1e-3),
+    (-1.0, [0.01, 0.1, 1], 0.1), (-0.497, [0.01, 0.1, 1], 0.1)])     # the last wins too little
+def test_ridges_walk_where_it_pays(best, tried, chosen):
+    class Part:
+        def judged(self, reg):
+            loss = 1 + abs(np.log10(reg) - best)
+            return LeftOut(torch.full((1, 1), loss**0.5), torch.zeros(1, 1), torch.ones(1))
+
+    found, losses = best_ridge(Part(), 0.1)
+    assert np.allclose(sorted(losses), tried) and np.isclose(found, chosen)
 
 
 def test_a_row_of_weight_two_is_the_row_twice_and_one_of_none_is_not_there():
@@ -67,11 +122,11 @@ def test_a_row_of_weight_two_is_the_row_twice_and_one_of_none_is_not_there():
     kernel = Laplace(1.0)
     outputs = []
     for sample in (one, two):
-        fit = AllCenters(sample, kernel, torch.ones(4), 0.1, 1e-8)
+        fit = AllCenters(sample, kernel, torch.ones(4), 1e-8)
         fit.kernel = kernel
         fit.K = SymmetricGram(kernel, fit.x)
         fit.nearly = Nearly(fit.K)
-        outputs.append(fit.judged().outputs)
+        outputs.append(fit.judged(0.1).outputs)
     assert (outputs[0] - outputs[1]).abs().max() < 1e-3
 
 
@@ -84,7 +139,6 @@ def board(n, seed=0):
 
 def test_every_row_becomes_a_centre_where_centres_are_not_enough(monkeypatch):
     monkeypatch.setattr(manyrows, "_TOGETHER", 1000)
-    monkeypatch.setattr(growing, "_BEFORE_DENSE", 1000)
     X, y = board(4000)
     fits = [RFMClassifier(random_state=0, n_iter=1, solver=solver).fit(X[:2000], y[:2000])
             for solver in (Nystrom(centers=100), "auto")]
@@ -96,7 +150,7 @@ def test_every_row_becomes_a_centre_where_centres_are_not_enough(monkeypatch):
 
 
 def test_rare_values_that_the_search_does_not_see(monkeypatch):
-    monkeypatch.setattr(manyrows, "_SEARCH", 400)
+    monkeypatch.setattr(folds, "_LEARN", 400)
     rng = np.random.default_rng(0)
     n = 1500
     X = rng.standard_normal((n, 4))

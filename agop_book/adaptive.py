@@ -68,7 +68,7 @@ class AdaptiveRFM(ManyRowsRFM):
         """Fit to rows `X` `(n, d)`, a frame or an array, and `y` `(n,)` or `(n, c)`.
 
         `X` may also be what `agop_book.rowstream.rows_of` makes of files, memmaps and batches, with
-        the targets in it; of more rows than the dense solver takes, M is learned on a sample, and
+        the targets in it; of more than 5,000 rows, M is learned on a sample of them, and
         what is finished is kept in the file `checkpoint`, from which the same call goes on.
 
         With bandwidth="auto", or with lists to choose from, everything that is open is chosen on

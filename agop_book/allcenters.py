@@ -231,7 +231,7 @@ def best_ridge(part: AllCenters,
     losses = {}
 
     def loss(reg):
-        losses[reg] = squared_error(part.judged(reg))
+        losses[reg] = _loss_if_solved(part, reg)
         return losses[reg]
 
     loss(reg)
@@ -242,3 +242,13 @@ def best_ridge(part: AllCenters,
         if at != reg:
             break
     return at, losses
+
+
+def _loss_if_solved(part, reg):
+    "The loss at held-out rows; infinite for a ridge that is beyond double precision."
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)
+        try:
+            return squared_error(part.judged(reg))
+        except ConvergenceWarning:
+            return torch.inf

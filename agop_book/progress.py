@@ -141,10 +141,10 @@ class FitJob:
         M = self.progress.arrays[f"M {k}"].to(sample.x.device)
         part = part_of_centers(sample, kernel, M, self.options.error)
         loss = float(sample.agree(torch.tensor(squared_error(part.judged(trial["reg"])))))
-        self._tried("kernel", kernel, trial, loss, sample, start)
+        self._tried("kernel", kernel, trial, loss, sample, time.perf_counter() - start)
         return loss
 
-    def _tried(self, stage, kernel, trial, loss, sample, start):
+    def _tried(self, stage, kernel, trial, loss, sample, seconds):
         "A row of history about a fit with every row a centre."
         self.history.append({
             "stage": stage,
@@ -154,7 +154,7 @@ class FitJob:
             "bandwidth": getattr(kernel, "bandwidth", None),
             "reg": trial["reg"],
             "metric": trial["metric"],
-            "seconds": time.perf_counter() - start,
+            "seconds": seconds,
         })
 
     def ridge(self, sample,   # `Sample`
@@ -165,9 +165,9 @@ class FitJob:
         start = time.perf_counter()
         part = part_of_centers(sample, kernel, M, self.options.error)
         best, losses = best_ridge(part, self.said["reg"])
+        seconds = (time.perf_counter() - start) / len(losses)
         for reg, loss in losses.items():
-            self._tried("ridge", kernel, self.said | {"reg": reg}, loss, sample, start)
-            start = time.perf_counter()
+            self._tried("ridge", kernel, self.said | {"reg": reg}, loss, sample, seconds)
         return best
 
     def note(self, row):

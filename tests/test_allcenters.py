@@ -97,6 +97,23 @@ def test_steps_that_lead_away_are_not_taken():
     assert np.isclose(float(left.square().sum() / fit.Y.square().sum()), step.residual, rtol=0.05)
 
 
+def test_a_ridge_that_is_not_solved_is_not_taken(monkeypatch):
+    sample, kernel = smooth()
+    fit = AllCenters(sample, kernel, torch.ones(2), 1e-6)
+    solved = AllCenters._solve
+
+    def only_large(self, reg, others=False):
+        if reg < 1e-2:
+            warnings.warn("not solved", ConvergenceWarning)
+        return solved(self, reg, others)
+
+    monkeypatch.setattr(AllCenters, "_solve", only_large)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found, losses = best_ridge(fit, 1e-3)
+    assert found >= 1e-2 and losses[1e-3] == losses[1e-3 * 0.1] == torch.inf
+
+
 @pytest.mark.parametrize("best, tried, chosen", [
     (0.0, [0.01, 0.1, 1, 10], 1.0), (-3.0, [1e-4, 1e-3, 1e-2, 0.1], 1e-3),
     (-1.0, [0.01, 0.1, 1], 0.1), (-0.497, [0.01, 0.1, 1], 0.1)])     # the last wins too little

@@ -224,7 +224,7 @@ def part_of_centers(sample: Sample,     # whose first rows are taken
     return AllCenters(part, kernel, M, error)
 
 
-def best_ridge(part: AllCenters,
+def best_ridge(part: AllCenters,   # of some rows
                reg: float   # to begin with
                ) -> tuple:   # the ridge, and ridge -> loss at held-out rows
     "Where a walk to smaller ridges, or else to larger ones, ends."

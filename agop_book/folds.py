@@ -176,7 +176,7 @@ class DistinctRows:
 
 
 _LEARN = 1500   # rows of a sample that abounds, and
-_JUDGE = 2500   # others to judge by: as good as three folds of 2,000 rows, in a third of the time
+_JUDGE = 2500   # others to judge by
 
 
 def part_of_sample(X,         # rows `(n, d)` in random order

@@ -5,18 +5,19 @@ import shutil
 import subprocess
 import sys
 from configparser import ConfigParser
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
 import torch.utils.checkpoint
-
-
 import yaml
 from filelock import FileLock
+from torch.profiler import ProfilerActivity, profile
+
+from agop_book import memory
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("agop_book", "nbs", "settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE")
-
 
 FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
          "--disable-background-networking --disable-component-update --disable-sync").split()
@@ -118,47 +119,34 @@ def two_processes(tmp_path):
     return run
 
 
-MEASURE = """
-import gc, sys, threading, time
-import psutil, torch
-{setup}
-from agop_book import memory
-plans, plan = [], memory.plan
-def planned(*args, **options):
-    plans.append(plan(*args, **options))
-    return plans[-1]
-for name, module in list(sys.modules.items()):
-    if name.startswith("agop_book") and getattr(module, "plan", None) is plan:
-        module.plan = planned
-warm()                                                         # what is allocated once
-plans.clear()
-gc.collect()
-process, running, peak = psutil.Process(), True, [0]
-def watch():
-    while running:
-        peak[0] = max(peak[0], process.memory_info().rss)
-        time.sleep(0.0005)
-before, thread = process.memory_info().rss, threading.Thread(target=watch)
-thread.start()
-result = call()
-running = False
-thread.join()
-print(max(plans), peak[0] - before)
-"""
+def allocated(call):
+    """The most bytes that torch held at a time for `call`, above what was there before.
+
+    By its allocator's account, which is the same in every run: what the system counts depends on
+    when it looks."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = call()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    assert result is not None and changes
+    return max(accumulate(size for _, size in changes))
 
 
 @pytest.fixture
-def planned_and_taken():
-    """planned_and_taken(setup, *args): bytes that `memory.plan` gave for a call, and that it took.
+def planned_and_taken(monkeypatch):
+    "planned_and_taken(call): bytes that `memory.plan` gave for a call, and that it took."
+    plans, plan = [], memory.plan
 
-    In a process of its own; `setup` is code that defines `warm` and `call` from sys.argv[1:]."""
-    def run(setup, *args):
-        script = MEASURE.replace("{setup}", setup)
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, "-c", script, *map(str, args)], env=env,
-                              capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return tuple(map(int, done.stdout.split()))
+    def planned(*args, **options):
+        plans.append(plan(*args, **options))
+        return plans[-1]
+
+    def run(call):
+        for name, module in list(sys.modules.items()):
+            if name.startswith("agop_book") and getattr(module, "plan", None) is plan:
+                monkeypatch.setattr(module, "plan", planned)
+        taken = allocated(call)
+        return max(plans), taken
     return run
 
 

@@ -1,9 +1,6 @@
 "Sums that merge, what they refuse, and the memory that is planned for them."
 
 import math
-import os
-import subprocess
-import sys
 import warnings
 
 import numpy as np
@@ -104,54 +101,20 @@ def test_squares_outside_of_single_precision(scale):
     )
 
 
-MEASURE = """
-import gc, sys, threading, time, numpy as np, psutil, torch
-import agop_book.predictors as module
-from agop_book.agop import agop
-from agop_book.kernels import Laplace
-from agop_book.machines import KernelMachine
-way, dtype, d = sys.argv[1], getattr(torch, sys.argv[3]), int(sys.argv[4])
-options = {k: {"center": True, "probes": 3}[k] for k in sys.argv[2].split()}
-plans, plan = [], module.plan
-module.plan = lambda need, *a, **k: plans.append(plan(need, *a, **k))
-x, W = torch.randn(40, d, dtype=dtype), torch.randn(d, 2, dtype=dtype)
-centers, coef = torch.randn(50, d, dtype=dtype), torch.randn(50, 2, dtype=dtype)
-machine = KernelMachine(Laplace(99.0), centers, coef)
-f = machine if way == "closed_form" else lambda x: torch.tanh(x @ W)
-agop(f, x[:2], diag=True)                               # what is allocated once
-warm = torch.randn(300, 300, dtype=dtype)
-warm = warm @ warm
-plans.clear()
-gc.collect()
-process, running, peak = psutil.Process(), True, [0]
-def watch():
-    while running:
-        peak[0] = max(peak[0], process.memory_info().rss)
-        time.sleep(0.0005)
-before, thread = process.memory_info().rss, threading.Thread(target=watch)
-thread.start()
-A = agop(f, x, **options)
-running = False
-thread.join()
-print(plans[0], peak[0] - before)
-"""
-
-
 @pytest.mark.parametrize(
     "way,options,dtype",
     [
-        ("pullbacks", "center", "float32"),
-        ("pullbacks", "probes", "float64"),
-        ("closed_form", "", "float64"),
+        ("pullbacks", {"center": True}, torch.float32),
+        ("pullbacks", {"probes": 3}, f64),
+        ("closed_form", {}, f64),
     ],
 )
-def test_the_plan_is_what_the_process_takes(way, options, dtype):
-    "The smaller of two runs: once in some forty, memory that was given back is counted still."
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", MEASURE, way, options, dtype, "5000"]
-    kept = dict(capture_output=True, text=True, timeout=120, check=True)
-    runs = [subprocess.run(command, env=env, **kept).stdout.split() for _ in range(2)]
-    planned, taken = min((tuple(map(int, run)) for run in runs), key=lambda run: run[1])
+def test_the_plan_is_what_is_taken(planned_and_taken, way, options, dtype):
+    x, W = torch.randn(40, 5000, dtype=dtype), torch.randn(5000, 2, dtype=dtype)
+    centers, coef = torch.randn(50, 5000, dtype=dtype), torch.randn(50, 2, dtype=dtype)
+    machine = KernelMachine(Laplace(99.0), centers, coef)
+    f = machine if way == "closed_form" else lambda x: torch.tanh(x @ W)
+    planned, taken = planned_and_taken(lambda: agop(f, x, **options))
     assert taken > 8e7 and 0.9 * taken <= planned <= 1.3 * taken, (planned, taken)
 
 

@@ -1,7 +1,5 @@
 """RFM estimators: scikit-learn's checks, independent solutions, families, memory, files."""
 
-import subprocess
-import sys
 import warnings
 
 import joblib
@@ -9,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import allocated
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sklearn.base import clone
@@ -497,23 +496,9 @@ def test_memory_error_names_size_and_what_fits():
 
 
 def test_peak_memory_is_what_was_planned():
-    "Resident memory grows by no more than the plan says (n = 4,000: one 122 MiB buffer)."
-    code = """
-import threading, time, numpy as np, psutil
-from agop_book.rfm import RFMRegressor
-from agop_book.solvers import plan_memory
-rng, me, peak, done = np.random.default_rng(0), psutil.Process(), 0, False
-X = rng.normal(size=(300, 50)); RFMRegressor(bandwidth=10.0, n_iter=1).fit(X, X[:, 0])
-X = rng.normal(size=(4000, 50)); before = me.memory_info().rss
-def watch():
-    global peak
-    while not done: peak = max(peak, me.memory_info().rss); time.sleep(0.005)
-thread = threading.Thread(target=watch); thread.start()
-RFMRegressor(bandwidth=10.0, n_iter=1).fit(X, X[:, 0] * X[:, 1]); done = True; thread.join()
-print(peak - before, plan_memory(4000, 50, 1, 8, 2**40))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    grown, planned = map(int, done.stdout.split()[-2:])
-    assert 8 * 4000**2 * 0.95 < grown < planned, (
-        f"grew by {grown / 2**20:.0f} MiB, planned {planned / 2**20:.0f} MiB"
-    )
+    "One buffer of n x n, and no more than the plan says (n = 4,000: 122 MiB)."
+    X = np.random.default_rng(0).normal(size=(4000, 50))
+    model = RFMRegressor(bandwidth=10.0, n_iter=1)
+    grown = allocated(lambda: model.fit(X, X[:, 0] * X[:, 1]))
+    planned = plan_memory(4000, 50, 1, 8, 2**40)
+    assert 8 * 4000**2 < grown < planned, (grown, planned)

@@ -42,11 +42,19 @@ def build(source, target):
     return main([*strict, "-b", "html", "-c", "docs", "-d", f"{source}/doctrees", source, target])
 
 
+def leave(status):
+    "End the process at once: nbdev has an IPython for each notebook, and each would tidy up."
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
     prepare(Path("_proc"))
     if status := build("_proc", "_proc/html"):
-        sys.exit(status)                                # the last good site stays
+        leave(status)                                   # the last good site stays
     shutil.rmtree("_site", ignore_errors=True)
     shutil.move("_proc/html", "_site")
+    leave(0)

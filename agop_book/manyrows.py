@@ -262,11 +262,12 @@ class ManyRowsRFM(ChoosingRFM):
         given = growth.sample, kernel_from_header(job.said["kernel"]), growth.best.M
         reg, start = job.ridge(*given), time.perf_counter()
         found = AllCenters(*given, job.options.error)
-        machine, step, score = found.fit(reg)
+        judged = isinstance(self, ClassifierMixin)
+        machine, step, score, left_out = found.fit(reg, judged)
         best = growth.best._replace(machine=machine, reg=reg)
         job.solved(len(found.x), best, step, score, start)
         self._keep_all(best, best.machine.coef, units, job.history)
-        return found.judged(reg) if isinstance(self, ClassifierMixin) else None
+        return left_out
 
     def _parts(self, rows, n, prepare, sample):
         "All rows as blocks: on the cluster that has them, or here, kept or streamed."

@@ -8,7 +8,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 
 from agop_book import allcenters, folds, manyrows
-from agop_book.allcenters import (AllCenters, Nearly, SymmetricGram, best_ridge,
+from agop_book.allcenters import (AllCenters, SymmetricGram, WeightedGram, best_ridge,
                                   conjugate_gradients)
 from agop_book.crossfit import LeftOut
 from agop_book.iterative import Nystrom
@@ -38,15 +38,30 @@ def test_half_of_the_kernel_is_the_kernel(kernel, n):
 def test_steps_reach_the_exact_solution(kernel, size):
     x = points(700)
     Y = size * torch.stack([x[:, 0] * x[:, 1], torch.zeros(700), x[:, 2].abs()], 1)
-    ridge = 0.01 / (0.5 + torch.rand(700, generator=torch.Generator().manual_seed(2)))
-    ridge[::5] = torch.inf
-    heard = ridge.isfinite()
-    K = SymmetricGram(kernel, x)
-    step = conjugate_gradients(K, Y, ridge, 1e-9, Nearly(K))
-    system = kernel(x[heard].double(), x[heard].double()) + ridge[heard].double().diag()
-    exact = torch.linalg.solve(system, Y[heard].double())
-    assert not step.beta[~heard].any()
-    assert (step.beta[heard] - exact).abs().max() < 1e-3 * exact.abs().max()
+    w = 0.5 + torch.rand(700, generator=torch.Generator().manual_seed(2))
+    heard = torch.ones(2, 700, dtype=torch.bool)
+    heard[1, ::5] = False
+    system = WeightedGram(SymmetricGram(kernel, x), w)
+    step = conjugate_gradients(system, Y, 0.01, heard, 1e-9)
+    assert not step.beta[1, ::5].any()
+    for beta, rows in zip(step.beta, heard):
+        K = kernel(x[rows].double(), x[rows].double())
+        exact = torch.linalg.solve(K + (0.01 / w[rows].double()).diag(), Y[rows].double())
+        assert (beta[rows] - exact).abs().max() < 1e-3 * exact.abs().max()
+
+
+def test_weights_of_any_spread():
+    "A thousandth, or a thousand times, the weight of others: the steps stay few."
+    x = points(900)
+    Y = (x[:, :1] * x[:, 1:2]).contiguous()
+    w = 10.0 ** torch.randint(-3, 4, (900,), generator=torch.Generator().manual_seed(2))
+    heard = torch.ones(1, 900, dtype=torch.bool)
+    step = conjugate_gradients(WeightedGram(SymmetricGram(Laplace(3.0), x), w), Y, 0.1, heard, 1e-8)
+    K = Laplace(3.0)(x.double())
+    exact = K @ torch.linalg.solve(K + (0.1 / w.double()).diag(), Y.double())
+    assert step.number < 100
+    off = (K @ step.beta[0].double() - exact).square()
+    assert w.double() @ off < 1e-6 * (w.double() @ Y.double().square())
 
 
 def smooth(n=1500):
@@ -61,9 +76,8 @@ def smooth(n=1500):
 def test_what_single_precision_cannot_solve_is_solved_in_double():
     sample, kernel = smooth()
     fit = AllCenters(sample, kernel, torch.ones(2), 1e-6)
-    ridge = torch.full((1500,), 1e-5)
-    assert conjugate_gradients(fit.K, fit.Y, ridge, 1e-9, fit.nearly).residual > 1e-9
-    machine, step, _ = fit.fit(1e-5)
+    assert conjugate_gradients(fit.system, fit.Y, 1e-5, ~fit.held[None], 1e-9).residual > 1e-9
+    machine, step, *_ = fit.fit(1e-5)
     assert machine.coef.dtype == torch.float64 and step.residual < 1e-6
     x, Y = fit.x.double(), fit.Y.double()
     K = machine.kernel(x)
@@ -79,21 +93,17 @@ def test_what_is_not_solved_is_said(monkeypatch):
     assert machine.coef.isfinite().all()
 
 
-class Plain:
-    "No preconditioner."
-
-    def at(self, ridge):
-        return lambda r: r
-
-
-def test_steps_that_lead_away_are_not_taken():
+def test_steps_that_lead_away_are_not_taken(monkeypatch):
     "Without a guard the residual came to 22 times the targets, and R2 to -21."
     sample, kernel = smooth()
     fit = AllCenters(sample, kernel, torch.ones(2), 1e-6)
-    wrong = torch.full((1500,), -50.0)      # the matrix has negative eigenvalues
-    step = conjugate_gradients(fit.K, fit.Y, wrong, 1e-9, Plain())
-    assert 1e-9 < step.residual <= 1 and step.beta.isfinite().all()
-    left = fit.Y - (fit.K.of_rows(step.beta.T).T - 50 * step.beta)
+    monkeypatch.setattr(WeightedGram, "inverse", lambda self, ridge, heard: lambda r: r)
+    everybody = torch.ones(1, 1500, dtype=torch.bool)
+    # with this ridge the matrix has negative eigenvalues
+    step = conjugate_gradients(fit.system, fit.Y, -50.0, everybody, 1e-9)
+    beta = step.beta[0]
+    assert 1e-9 < step.residual <= 1 and beta.isfinite().all()
+    left = fit.Y - (fit.system.K.of_rows(beta.T).T - 50 * beta)
     assert np.isclose(float(left.square().sum() / fit.Y.square().sum()), step.residual, rtol=0.05)
 
 
@@ -102,10 +112,10 @@ def test_a_ridge_that_is_not_solved_is_not_taken(monkeypatch):
     fit = AllCenters(sample, kernel, torch.ones(2), 1e-6)
     solved = AllCenters._solve
 
-    def only_large(self, reg, others=False):
+    def only_large(self, reg, heard):
         if reg < 1e-2:
             warnings.warn("not solved", ConvergenceWarning)
-        return solved(self, reg, others)
+        return solved(self, reg, heard)
 
     monkeypatch.setattr(AllCenters, "_solve", only_large)
     with warnings.catch_warnings():
@@ -141,8 +151,7 @@ def test_a_row_of_weight_two_is_the_row_twice_and_one_of_none_is_not_there():
     for sample in (one, two):
         fit = AllCenters(sample, kernel, torch.ones(4), 1e-8)
         fit.kernel = kernel
-        fit.K = SymmetricGram(kernel, fit.x)
-        fit.nearly = Nearly(fit.K)
+        fit.system = WeightedGram(SymmetricGram(kernel, fit.x), fit.rows.w)
         outputs.append(fit.judged(0.1).outputs)
     assert (outputs[0] - outputs[1]).abs().max() < 1e-3
 

@@ -184,6 +184,7 @@ class AllCenters:
         self.held = (torch.arange(len(some), device=some.device) >= len(sample.x))[some]
         self.relative, self.M_ = kernel, M
         self.error = error
+        self.least = error * sample.variance()   # of the loss: less is not worth winning
         self._prepare(sample.x.dtype)
 
     def _prepare(self, dtype):
@@ -235,6 +236,7 @@ class AllCenters:
 # %% ../nbs/workshop/allcenters.ipynb #1cd80b7b
 _ENOUGH = 5000   # rows to fit to, and
 _JUDGES = 2000   # to judge by
+_SHOWN = 0.01    # of the loss: what a larger ridge has to win, since more rows want smaller ones
 
 
 def part_of_centers(sample: Sample,     # whose first rows are taken
@@ -260,9 +262,9 @@ def best_ridge(part: AllCenters,   # of some rows
         return losses[reg]
 
     loss(reg)
-    for factor, margin in ((0.1, 1.0), (10.0, 1.01)):
+    for factor, share in ((0.1, 0.0), (10.0, _SHOWN)):
         at = reg
-        while margin * loss(at * factor) < losses[at]:
+        while loss(at * factor) + part.least < (1 - share) * losses[at]:
             at *= factor
         if at != reg:
             break

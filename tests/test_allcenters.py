@@ -126,9 +126,12 @@ def test_a_ridge_that_is_not_solved_is_not_taken(monkeypatch):
 
 @pytest.mark.parametrize("best, tried, chosen", [
     (0.0, [0.01, 0.1, 1, 10], 1.0), (-3.0, [1e-4, 1e-3, 1e-2, 0.1], 1e-3),
-    (-1.0, [0.01, 0.1, 1], 0.1), (-0.497, [0.01, 0.1, 1], 0.1)])     # the last wins too little
+    # the last two win too little
+    (-1.0, [0.01, 0.1, 1], 0.1), (-0.497, [0.01, 0.1, 1], 0.1), (-1.502, [0.01, 0.1, 1], 0.1)])
 def test_ridges_walk_where_it_pays(best, tried, chosen):
     class Part:
+        least = 0.005
+
         def judged(self, reg):
             loss = 1 + abs(np.log10(reg) - best)
             return LeftOut(torch.full((1, 1), loss**0.5), torch.zeros(1, 1), torch.ones(1))

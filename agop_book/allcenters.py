@@ -123,17 +123,18 @@ _STEPS = 200     # at most
 _LOST = 20       # steps without a smaller residual: rounding leads elsewhere
 
 
-def conjugate_gradients(system: WeightedGram,
+def conjugate_gradients(system: WeightedGram,  # of n rows
                         Y: torch.Tensor,       # (n, c)
-                        ridge: float,
+                        ridge: float,          # beside S K S
                         heard: torch.Tensor,   # (g, n), bool: g fits to some of the rows each
                         error: float           # of the squared targets: stop there
                         ) -> Step:             # `beta` holds coefficients of the kernel (g, n, c)
     "Solves (S K S + ridge) b = S Y; the residual stays above the error where rounding takes over."
     inverse, heard = system.inverse(ridge, heard), heard[:, None]
     r = heard * (system.roots * Y.T)     # outputs are rows: see `SymmetricGram`
-    b, squares = torch.zeros_like(r), _dot(r, r)
-    nearest = None
+    squares = _dot(r, r)
+    b = p = torch.zeros_like(r)
+    nearest, old = None, torch.inf
     for number in range(_STEPS + 1):
         left = float((r.square().sum(-1, keepdim=True) / squares).max())
         if not nearest or left < nearest.residual:
@@ -142,9 +143,9 @@ def conjugate_gradients(system: WeightedGram,
             break
         s = inverse(r)
         new = _dot(r, s)
-        p = s + new / old * p if number else s
+        p, old = s + new / old * p, new
         q = heard * system.product(p) + ridge * p
-        length, old = new / _dot(p, q), new
+        length = new / _dot(p, q)
         b, r = b + length * p, r - length * q
     return nearest._replace(beta=(system.roots * nearest.beta).mT)
 

@@ -262,8 +262,8 @@ class ManyRowsRFM(ChoosingRFM):
         given = growth.sample, kernel_from_header(job.said["kernel"]), growth.best.M
         reg, start = job.ridge(*given), time.perf_counter()
         found = AllCenters(*given, job.options.error)
-        judged = isinstance(self, ClassifierMixin)
-        machine, step, score, left_out = found.fit(reg, judged)
+        calibrated = isinstance(self, ClassifierMixin)
+        machine, step, score, left_out = found.fit(reg, others=calibrated)
         best = growth.best._replace(machine=machine, reg=reg)
         job.solved(len(found.x), best, step, score, start)
         self._keep_all(best, best.machine.coef, units, job.history)

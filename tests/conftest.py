@@ -5,16 +5,15 @@ import shutil
 import subprocess
 import sys
 from configparser import ConfigParser
-from itertools import accumulate
 from pathlib import Path
 
 import pytest
 import torch.utils.checkpoint
 import yaml
 from filelock import FileLock
-from torch.profiler import ProfilerActivity, profile
 
 from agop_book import memory
+from agop_book.book.costs import PeakMemory
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("agop_book", "nbs", "settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE")
@@ -119,19 +118,6 @@ def two_processes(tmp_path):
     return run
 
 
-def allocated(call):
-    """The most bytes that torch held at a time for `call`, above what was there before.
-
-    By its allocator's account, which is the same in every run: what the system counts depends on
-    when it looks."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = call()
-    events = profiler.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    assert result is not None and changes
-    return max(accumulate(size for _, size in changes))
-
-
 @pytest.fixture
 def planned_and_taken(monkeypatch):
     "planned_and_taken(call): bytes that `memory.plan` gave for a call, and that it took."
@@ -145,8 +131,9 @@ def planned_and_taken(monkeypatch):
         for name, module in list(sys.modules.items()):
             if name.startswith("agop_book") and getattr(module, "plan", None) is plan:
                 monkeypatch.setattr(module, "plan", planned)
-        taken = allocated(call)
-        return max(plans), taken
+        with PeakMemory() as taken:
+            call()
+        return max(plans), taken.peak
     return run
 
 
